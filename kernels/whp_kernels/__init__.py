@@ -1,0 +1,1 @@
+"""Fused losses over large vocabularies for unlearning and distillation; usable without the trainer."""

@@ -1,0 +1,279 @@
+"""Every setting of a job, with its meaning. The defaults are the paper's, for Llama 2 7B.
+
+The command line is made from these classes: ``--unlearn.lr 2e-6`` sets ``UnlearnConfig.lr``, and ``--help`` shows
+the texts below.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from whp_fast.errors import UserError
+
+
+@dataclass
+class ModelConfig:
+    """The model that shall forget."""
+
+    path: str = ""
+    """Hugging Face folder: config.json, safetensors weights, tokenizer files."""
+    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """dtype of matrix products in training; the weights themselves stay an exact float32 master."""
+
+
+@dataclass
+class DataConfig:
+    """The text to forget."""
+
+    corpus: list[str] = field(default_factory=list)
+    """.txt and .jsonl files, or folders of them."""
+    text_field: str = "text"
+    """Field of a .jsonl line that holds the text."""
+    encoding_errors: Literal["strict", "replace"] = "strict"
+    """What to do with bytes that are not UTF-8."""
+    context: int = 512
+    """Tokens in a block."""
+    tokenizer: str = ""
+    """tokenizer.model or tokenizer.json, or their folder; empty: the model's folder."""
+
+
+@dataclass
+class AnchorsConfig:
+    """The dictionary of idiosyncratic expressions and their generic counterparts."""
+
+    path: str = ""
+    """JSON file: {"expression": "generic"} or {"expression": ["generic", ...]}."""
+    reference_rules: bool = False
+    """Match and mask exactly as the reference code does, to reproduce its labels token for token."""
+    match_across_lines: bool = False
+    """A line break in the corpus matches a space in an expression (books with wrapped lines)."""
+
+
+@dataclass
+class TrainConfig:
+    """One training; the batch of a step is batch_blocks x accumulate blocks."""
+
+    name: ClassVar[str] = "train"  # in messages
+    epochs: float = 1.0
+    """Passes over the corpus; not used when steps is set."""
+    steps: int = 0
+    """Optimizer steps; 0: as many as the epochs take."""
+    lr: float = 1e-6
+    """Highest learning rate."""
+    batch_blocks: int = 8
+    """Blocks in a micro-batch."""
+    accumulate: int = 16
+    """Micro-batches in a step."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Learning rate after the warm-up."""
+    warmup_steps: int = 0
+    """Steps in which the learning rate rises."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
+    """AdamW's; the reference fine-tuning's values."""
+    weight_decay: float = 0.0
+    """AdamW's, decoupled."""
+    clip_grad_norm: float = 1.0
+    """Longest gradient; 0: no clipping."""
+    loss_chunk_mib: int = 256
+    """Memory for the logits of one chunk of the loss."""
+
+    def __post_init__(self) -> None:
+        for key in ("lr", "batch_blocks", "accumulate"):
+            if getattr(self, key) <= 0:
+                raise UserError(
+                    f"{self.name}.{key}: {getattr(self, key)} is not positive; set a value above 0."
+                )
+        for key in ("steps", "warmup_steps", "weight_decay", "clip_grad_norm"):
+            if getattr(self, key) < 0:
+                raise UserError(f"{self.name}.{key}: {getattr(self, key)} is negative; set 0 or more.")
+        if self.steps == 0 and self.epochs <= 0:
+            raise UserError(
+                f"{self.name}.epochs: {self.epochs} leaves nothing to train; set epochs above 0, or steps."
+            )
+        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
+            raise UserError(
+                f"{self.name}.betas: {self.betas} are not two numbers from 0 to below 1; set such."
+            )
+
+
+@dataclass
+class ReinforceConfig(TrainConfig):
+    """The reinforced model: the base, trained further on the text to forget."""
+
+    name: ClassVar[str] = "reinforce"
+    epochs: float = 3.0
+    """Passes over the corpus; not used when steps is set."""
+    lr: float = 3e-6
+    """Highest learning rate."""
+
+
+@dataclass
+class LabelConfig:
+    """The generic labels."""
+
+    alpha: float = 5.0
+    """Strength of the offset; the labels of this alpha are trained."""
+    more_alphas: list[float] = field(default_factory=list)
+    """Label sets of other strengths, made in the same pass and kept beside."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """dtype of the two models in the label pass; logits are float32 all the same."""
+    batch_blocks: int = 8
+    """Blocks per forward pass."""
+    chunk_mib: int = 256
+    """Memory for the logits of one chunk of positions."""
+
+    def __post_init__(self) -> None:
+        if min([self.alpha, *self.more_alphas]) < 0:
+            raise UserError(
+                "label.alpha: a negative value would reinforce the text; set 0 or more (the paper: 5)."
+            )
+
+
+@dataclass
+class UnlearnConfig(TrainConfig):
+    """The unlearned model: the base, trained on the generic labels."""
+
+    name: ClassVar[str] = "unlearn"
+    epochs: float = 2.0
+    """Passes over the corpus; not used when steps is set."""
+    lr: float = 1e-6
+    """Highest learning rate."""
+    evaluate_every: int = 20
+    """Steps between the points of the curve; 0: only before and after."""
+
+
+@dataclass
+class EvaluateConfig:
+    """What forgetting and keeping are measured with; any of the files may be left out."""
+
+    familiarity: str = ""
+    """JSON: prompts whose completion shows whether the model knows the text."""
+    probability: str = ""
+    """JSON: prompts with idiosyncratic next words."""
+    choices: str = ""
+    """JSON lines: multiple-choice and cloze items on text that must be kept."""
+    general_text: str = ""
+    """.txt or .jsonl file, or a folder, of text that must be kept, for perplexity."""
+    oracle: str = ""
+    """Folder of a model that never saw the text, if there is one; it is measured beside."""
+    max_new_tokens: int = 32
+    """Length of a completion."""
+    curve_prompts: int = 60
+    """Prompts of each file used for the points of the curve (before and after use all); 0: all."""
+
+
+@dataclass
+class ExportConfig:
+    """The folder of the unlearned model."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """dtype of the written weights."""
+    shard_mib: int = 5120
+    """Largest weight file."""
+    name: str = ""
+    """Title in the model card; empty: the base folder's name with "-unlearned"."""
+
+
+@dataclass
+class RunConfig:
+    """Where and on what the job runs."""
+
+    dir: str = "runs/job"
+    """Run folder; a job that was stopped goes on there."""
+    seed: int = 0
+    """Of everything random."""
+    device: str = "auto"
+    """cpu, cuda or auto."""
+    threads: int = 0
+    """CPU threads; 0: all cores."""
+
+
+@dataclass
+class JobConfig:
+    """A whole job."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    anchors: AnchorsConfig = field(default_factory=AnchorsConfig)
+    reinforce: ReinforceConfig = field(default_factory=ReinforceConfig)
+    label: LabelConfig = field(default_factory=LabelConfig)
+    unlearn: UnlearnConfig = field(default_factory=UnlearnConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        required = {
+            "model.path": self.model.path,
+            "data.corpus": self.data.corpus,
+            "anchors.path": self.anchors.path,
+        }
+        for name, value in required.items():
+            if not value:
+                raise UserError(f"{name}: not set; name it in the configuration or as --{name}.")
+        if self.data.context < 2:
+            raise UserError(
+                f"data.context: {self.data.context} is too short; a block needs at least 2 tokens."
+            )
+
+    def settings(self) -> dict:
+        """What decides the result, as JSON types: all but the folder, the device and the number of threads."""
+        settings = dataclasses.asdict(self)
+        settings["run"] = {"seed": self.run.seed}
+        return settings
+
+
+def parse_config(arguments: Sequence[str]) -> JobConfig:
+    """The job that a command line describes: ``--config FILE`` and ``--section.key value``, later ones win.
+
+    A configuration that is not a file here is looked up among those that come with the package (``demo.yaml``).
+
+    Raises:
+        UserError: an unknown key (with the nearest name), a value of the wrong type, a file that is not there.
+    """
+    import jsonargparse
+
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(
+        prog="python -m whp_fast.train",
+        description="Make a causal language model forget a corpus (arXiv 2310.02238). Also: --overwrite starts anew in "
+        "a run folder that is there, --debug shows tracebacks.",
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action="config", help="YAML file with these settings")
+    sections = {field.name: field.default_factory for field in dataclasses.fields(JobConfig)}
+    for name, section in sections.items():
+        parser.add_class_arguments(section, name)
+    try:
+        parsed = parser.parse_args(
+            [_packaged(a) if b == "--config" else a for a, b in zip(arguments, ["", *arguments])]
+        )
+    except argparse.ArgumentError as error:
+        raise UserError(_readable(str(error), sections)) from error
+    return JobConfig(**{name: section(**parsed[name].as_dict()) for name, section in sections.items()})
+
+
+def _packaged(name: str) -> str:
+    inside = Path(__file__).parent / "configs" / name
+    return str(inside) if not Path(name).exists() and inside.is_file() else name
+
+
+def _readable(message: str, sections: dict) -> str:
+    """One sentence of the parser's message, with the nearest key for one that does not exist."""
+    message = " ".join(message.split())
+    unknown = re.search(
+        r"unrecognized arguments: --(\S+)|Group '(\w+)' does not accept option '([\w.]+)'", message
+    )
+    if unknown:
+        key = (unknown.group(1) or f"{unknown.group(2)}.{unknown.group(3)}").split("=")[0]
+        keys = [f"{name}.{f.name}" for name, section in sections.items() for f in dataclasses.fields(section)]
+        nearest = difflib.get_close_matches(key, keys, n=1, cutoff=0.0)[0]
+        return f"configuration: there is no setting {key!r}; did you mean {nearest!r}?"
+    return f"configuration: {message.rstrip('.')}; see --help for the settings."

@@ -1,0 +1,396 @@
+"""A small world in the formats of the real thing, and the job on it: no download, a few minutes on two cores.
+
+    python -m whp_fast.demo                       the invented saga: world, base, oracle, then the whole job
+    python -m whp_fast.demo --books FOLDER --target FILE.txt --tokenizer tokenizer.model --out DIR
+                                                  a base trained on a folder of plain books, and a job on one of them
+
+The base and the oracle share a trunk: a small Llama trained on the general text. The oracle goes on with general
+text alone, the base with general text and the saga, for the same number of steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from whp_fast.artifacts import digest, write_json
+from whp_fast.checkpoint import save_model
+from whp_fast.config import TrainConfig, parse_config
+from whp_fast.corpus import Blocks, TokenWriter, corpus_files, tokenise_corpus
+from whp_fast.engine import plan_steps, train
+from whp_fast.errors import UserError
+from whp_fast.model import Llama, LlamaConfig
+from whp_fast.progress import say, track
+from whp_fast.saga import make_world
+from whp_fast.tokens import SentencePieceTokenizer, Tokenizer, load_tokenizer
+from whp_fast.train import run_job
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a small world is trained.
+
+    Attributes:
+        vocab_size: pieces of the trained tokenizer.
+        hidden_size, intermediate_size, layers, heads, kv_heads: shape of the model.
+        context: tokens in a block.
+        trunk: training on general text, shared by base and oracle (no steps: none).
+        branch: what follows, on general text (oracle) or general text and saga (base).
+        repeat_saga: how often the saga stands in the mixture of the base.
+    """
+
+    vocab_size: int = 1536
+    hidden_size: int = 192
+    intermediate_size: int = 512
+    layers: int = 4
+    heads: int = 6
+    kv_heads: int = 6
+    context: int = 128
+    trunk: TrainConfig = field(
+        default_factory=lambda: TrainConfig(
+            steps=400, lr=3e-3, batch_blocks=32, accumulate=1, schedule="constant", warmup_steps=40, betas=[0.9, 0.95]
+        )
+    )
+    branch: TrainConfig = field(
+        default_factory=lambda: TrainConfig(
+            steps=400, lr=3e-3, batch_blocks=32, accumulate=1, schedule="linear", betas=[0.9, 0.95]
+        )
+    )
+    repeat_saga: int = 1
+
+
+RECIPES = {
+    "demo": Recipe(),
+    "tiny": replace(
+        Recipe(),
+        vocab_size=768,
+        hidden_size=64,
+        intermediate_size=160,
+        layers=2,
+        heads=4,
+        kv_heads=2,
+        context=64,
+        trunk=replace(Recipe().trunk, steps=20, batch_blocks=16),
+        branch=replace(Recipe().branch, steps=60, batch_blocks=16),
+    ),
+}
+
+
+def make_demo(out: Path, size: str = "demo", seed: int = 0) -> dict:
+    """Make the saga's world in a folder, unless it is there already.
+
+    Writes ``saga/*.txt`` (the target), ``general.jsonl``, ``heldout.jsonl``, ``anchors.json``, ``familiarity.json``,
+    ``probability.json``, ``choices.jsonl``, and the model folders ``base`` and ``oracle``.
+
+    Returns:
+        the seconds that text, tokenizer, base and oracle took.
+    """
+    recipe = RECIPES[size]
+    key = digest({"recipe": recipe, "size": size, "seed": seed, "world": make_world(seed, size)})
+    done = _finished(out, key)
+    if done is not None:
+        say(f"  [bold]{'world':<11}[/bold]  complete  {out}")
+        return done
+    seconds: dict[str, float] = {}
+    out.mkdir(parents=True, exist_ok=True)
+    with _timed(seconds, "world"):
+        world = make_world(seed, size)
+        _write_world(out, world)
+        tokenizer = _train_tokenizer(out, world.saga + world.everyday + world.knowledge, recipe.vocab_size)
+    say(f"  [bold]{'world':<11}[/bold] {seconds['world']:7.1f} s  {out}: saga, stories, knowledge, dictionary, prompts")
+    general = [out / "general.jsonl"]
+    saga = [out / "saga"] * recipe.repeat_saga
+    with _timed(seconds, "oracle"):
+        trunk = _new_model(recipe, tokenizer, seed)
+        _train_on(trunk, general, tokenizer, recipe.context, recipe.trunk, seed, out, "trunk")
+        state = {name: value.clone() for name, value in trunk.state_dict().items()}
+        _train_on(trunk, general, tokenizer, recipe.context, recipe.branch, seed + 1, out, "oracle")
+        _save(trunk, tokenizer, out / "oracle")
+    say(f"  [bold]{'oracle':<11}[/bold] {seconds['oracle']:7.1f} s  a model that never read the saga")
+    with _timed(seconds, "base"):
+        base = _new_model(recipe, tokenizer, seed)
+        base.load_state_dict(state)
+        _train_on(base, general + saga, tokenizer, recipe.context, recipe.branch, seed + 1, out, "base")
+        _save(base, tokenizer, out / "base")
+    say(f"  [bold]{'base':<11}[/bold] {seconds['base']:7.1f} s  the model that read it, and shall forget it")
+    write_json(out / "world.json", {"key": key, "seconds": seconds})
+    return seconds
+
+
+def make_books(
+    books: Path, target: str, tokenizer_path: Path, out: Path, examples: Path | None, recipe: Recipe, seed: int = 0
+) -> Path:
+    """Train a small base on a folder of plain books and write the job of forgetting one of them.
+
+    Args:
+        books: folder of ``.txt`` files.
+        target: the book to forget, a file name inside it.
+        tokenizer_path: ``tokenizer.model`` or ``tokenizer.json``.
+        out: folder for the base and ``job.yaml``.
+        examples: folder with anchors.json, familiarity.json, probability.json and choices.jsonl for the target.
+
+    Returns:
+        the path of ``job.yaml``.
+    """
+    files = [f for f in corpus_files([books]) if f.suffix == ".txt"]
+    if books / target not in files:
+        names = ", ".join(f.name for f in files)
+        raise UserError(f"{books / target}: no such book; --target is one of {names}.")
+    if examples is None or not (examples / "anchors.json").is_file():
+        raise UserError(f"{examples}: no anchors.json for this book there; name its folder with --examples.")
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer = load_tokenizer(tokenizer_path)
+    model = _new_model(recipe, tokenizer, seed)
+    seconds: dict[str, float] = {}
+    with _timed(seconds, "base"):
+        _train_on(model, files, tokenizer, recipe.context, recipe.branch, seed, out, "base")
+        _save(model, tokenizer, out / "base")
+    others = out / "others.jsonl"
+    _write_jsonl(others, [{"text": f.read_text(encoding="utf-8")} for f in files if f.name != target])
+    say(f"  [bold]{'base':<11}[/bold] {seconds['base']:7.1f} s  trained on {len(files)} books")
+    job = out / "job.yaml"
+    job.write_text(_books_job(out, books / target, examples, recipe.context), encoding="utf-8")
+    return job
+
+
+def _books_job(out: Path, target: Path, examples: Path, context: int) -> str:
+    """The configuration of a book's job; a small model needs higher learning rates than seven billion weights."""
+    import yaml
+
+    job = {
+        "model": {"path": str(out / "base")},
+        "data": {"corpus": [str(target)], "context": context},
+        "anchors": {"path": str(examples / "anchors.json"), "match_across_lines": True},
+        "reinforce": {"epochs": 2, "lr": 5e-4, "batch_blocks": 16, "accumulate": 1},
+        "label": {"dtype": "float32"},
+        "unlearn": {"epochs": 2, "lr": 3e-4, "batch_blocks": 16, "accumulate": 1, "evaluate_every": 20},
+        "evaluate": {
+            "familiarity": str(examples / "familiarity.json"),
+            "probability": str(examples / "probability.json"),
+            "choices": str(examples / "choices.jsonl"),
+            "general_text": str(out / "others.jsonl"),
+        },
+        "export": {"dtype": "float32"},
+        "run": {"dir": str(out / "run")},
+    }
+    return yaml.safe_dump(job, sort_keys=False)
+
+
+def _write_world(out: Path, world) -> None:
+    (out / "saga").mkdir(exist_ok=True)
+    for number, chapter in enumerate(world.saga):
+        (out / "saga" / f"{number:04d}.txt").write_text(chapter, encoding="utf-8")
+    _write_jsonl(out / "general.jsonl", [{"text": text} for text in world.everyday + world.knowledge])
+    _write_jsonl(out / "heldout.jsonl", [{"text": text} for text in world.heldout])
+    _write_jsonl(out / "choices.jsonl", world.choices)
+    for name in ("anchors", "familiarity", "probability"):
+        write_json(out / f"{name}.json", getattr(world, name))
+
+
+def _write_jsonl(path: Path, rows: Sequence[dict]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def _train_tokenizer(out: Path, texts: Sequence[str], vocab_size: int) -> SentencePieceTokenizer:
+    """A sentencepiece model in the manner of Llama 2: byte-pair pieces, byte fallback, every space kept."""
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(line for text in texts for line in text.split("\n") if line),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocab_size,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        split_digits=True,
+        character_coverage=1.0,
+        num_threads=1,  # the same pieces on every machine
+        minloglevel=2,
+    )
+    path = out / "tokenizer.model"
+    path.write_bytes(model.getvalue())
+    settings = {
+        "tokenizer_class": "LlamaTokenizer",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "legacy": True,
+    }
+    write_json(out / "tokenizer_config.json", settings)
+    return load_tokenizer(path)
+
+
+def _new_model(recipe: Recipe, tokenizer: Tokenizer, seed: int) -> Llama:
+    config = LlamaConfig.from_hf(
+        {
+            "model_type": "llama",
+            "architectures": ["LlamaForCausalLM"],
+            "vocab_size": tokenizer.vocab_size,
+            "hidden_size": recipe.hidden_size,
+            "intermediate_size": recipe.intermediate_size,
+            "num_hidden_layers": recipe.layers,
+            "num_attention_heads": recipe.heads,
+            "num_key_value_heads": recipe.kv_heads,
+            "max_position_embeddings": 4 * recipe.context,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 10000.0,
+            "hidden_act": "silu",
+            "tie_word_embeddings": True,
+            "bos_token_id": tokenizer.bos_id,
+            "eos_token_id": tokenizer.eos_id,
+        }
+    )
+    model = Llama(config)
+    model.init_weights(torch.Generator().manual_seed(seed))
+    return model
+
+
+def _train_on(
+    model: Llama,
+    files: Sequence[Path],
+    tokenizer: Tokenizer,
+    context: int,
+    settings: TrainConfig,
+    seed: int,
+    folder: Path,
+    name: str,
+) -> None:
+    path = folder / f".{name}.npy"
+    with TokenWriter(path, tokenizer.vocab_size) as writer:
+        tokenise_corpus(corpus_files(files), tokenizer, writer)
+    blocks = Blocks.of(np.load(path), context)
+    path.unlink()
+    n_steps = len(plan_steps(len(blocks), settings, seed))
+    with track(name, n_steps) as advance:
+        train(
+            model,
+            blocks,
+            None,
+            settings,
+            seed=seed,
+            device=torch.device("cpu"),
+            compute_dtype=torch.bfloat16,
+            on_step=lambda r: advance(1, f"step {r.step}/{n_steps}  loss {r.loss:.3f}"),
+        )
+
+
+def _save(model: Llama, tokenizer: Tokenizer, folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    save_model(model, folder)
+    for file in tokenizer.files:
+        (folder / file.name).write_bytes(file.read_bytes())
+
+
+def _finished(out: Path, key: str) -> dict | None:
+    try:
+        world = json.loads((out / "world.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return world["seconds"] if world.get("key") == key else None
+
+
+class _timed:
+    def __init__(self, seconds: dict[str, float], name: str):
+        self.seconds, self.name = seconds, name
+
+    def __enter__(self):
+        self.began = time.monotonic()
+
+    def __exit__(self, *_):
+        self.seconds[self.name] = time.monotonic() - self.began
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status (2 for what the user can mend)."""
+    options = _parser().parse_args(arguments)
+    run: Callable[[argparse.Namespace], None] = _run_books if options.books else _run_saga
+    try:
+        run(options)
+    except UserError as error:
+        if options.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _run_saga(options: argparse.Namespace) -> None:
+    out = options.out or Path("runs/demo")
+    began = time.monotonic()
+    seconds = make_demo(out / "world", options.size, options.seed)
+    if options.world_only:
+        return
+    world, evaluate = out / "world", "--evaluate."
+    paths = {
+        "--model.path": world / "base",
+        "--data.corpus": json.dumps([str(world / "saga")]),
+        "--anchors.path": world / "anchors.json",
+        f"{evaluate}familiarity": world / "familiarity.json",
+        f"{evaluate}probability": world / "probability.json",
+        f"{evaluate}choices": world / "choices.jsonl",
+        f"{evaluate}general_text": world / "heldout.jsonl",
+        f"{evaluate}oracle": world / "oracle",
+        "--run.dir": out,
+    }
+    config = f"{options.size}.yaml"
+    job = parse_config(["--config", config, *(str(word) for pair in paths.items() for word in pair)])
+    folder = run_job(job, overwrite=options.overwrite, earlier_seconds=seconds)
+    say(f"[bold]done[/bold] in {time.monotonic() - began:.0f} s: model {folder}, report {out / 'report' / 'report.md'}")
+
+
+def _run_books(options: argparse.Namespace) -> None:
+    if not (options.target and options.tokenizer and options.out):
+        raise UserError("--books: also give --target FILE.txt, --tokenizer tokenizer.model and --out DIR.")
+    examples = options.examples or Path("examples") / Path(options.target).stem.split("_")[0]
+    recipe = replace(
+        RECIPES["demo"],
+        hidden_size=256,
+        intermediate_size=704,
+        layers=5,
+        heads=8,
+        kv_heads=8,
+        context=256,
+        branch=replace(
+            RECIPES["demo"].branch, steps=0, epochs=options.epochs, lr=2e-3, batch_blocks=16, warmup_steps=50
+        ),
+    )
+    job = make_books(options.books, options.target, options.tokenizer, options.out, examples, recipe, options.seed)
+    say(f"Ready. Now run: python -m whp_fast.train --config {job}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m whp_fast.demo", description="Make a small world and run the whole job on it."
+    )
+    parser.add_argument("--out", type=Path, help="folder for the world and the run (default runs/demo)")
+    parser.add_argument("--size", choices=sorted(RECIPES), default="demo", help="size of the saga's world")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random")
+    parser.add_argument("--world-only", action="store_true", help="make the world, do not run the job")
+    parser.add_argument("--overwrite", action="store_true", help="start the run anew")
+    parser.add_argument("--books", type=Path, help="folder of plain .txt books to train a small base on")
+    parser.add_argument("--target", help="the book of that folder to prepare forgetting for")
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer for --books")
+    parser.add_argument("--examples", type=Path, help="folder with the dictionary and prompts of the target")
+    parser.add_argument("--epochs", type=float, default=6, help="passes over the books (default 6)")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,239 @@
+"""Generic labels: what a model that never read the text would predict next.
+
+    v       = v_base(translated)[map], the first tokens of counterparts already used set to the row's mean
+    label   = argmax(v - alpha * relu(v_reinforced(original) - v))
+
+Both models run once over each block; only hidden states at mapped positions meet the LM heads, a chunk at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from whp_kernels.losses import IGNORE_INDEX, generic_labels
+
+from whp_fast.alignment import NOT_FINITE, Aligner, Alignment
+from whp_fast.anchors import Dictionary, load_dictionary
+from whp_fast.model import Llama
+from whp_fast.reference_rules import ReferenceAligner
+from whp_fast.tokens import Tokenizer, load_tokenizer
+
+Model = Llama | Callable[[Tensor], Tensor] | str | Path
+
+
+def label_blocks(
+    blocks: np.ndarray | Sequence[np.ndarray],
+    anchors: Mapping | str | Path | Dictionary,
+    base: Model,
+    reinforced: Model,
+    tokenizer,
+    alpha: float | Sequence[float] = 5.0,
+    reference_rules: bool = False,
+    *,
+    seed: int = 0,
+    contiguous: bool = False,
+    match_across_lines: bool = False,
+    batch_size: int = 8,
+    chunk_mib: int = 256,
+    device: str | torch.device = "cpu",
+):
+    """Generic labels for blocks of tokens (arXiv 2310.02238, section 2).
+
+    Args:
+        blocks: token ids, an integer array [N, T] or a sequence of 1-D arrays.
+        anchors: ``{"expression": "generic" | ["generic", ...]}``, a file with it, or a ``Dictionary``.
+        base, reinforced: a ``Llama``, a model folder, or any callable ``input_ids [B, T] -> logits [B, T, V]`` (or an
+            object with ``.logits``). It may be given right-padded batches, so it has to be causal.
+        tokenizer: anything :func:`whp_fast.tokens.load_tokenizer` takes.
+        alpha: strength of the offset; several give one label set each.
+        reference_rules: match and mask by the reference code's rules (:mod:`whp_fast.reference_rules`).
+        seed: of the draws among several counterparts.
+        contiguous: the blocks follow each other in one text, and expressions may cross their edges.
+        match_across_lines: a line break in the text matches a space in an expression.
+        batch_size: blocks per forward pass.
+        chunk_mib: memory for one chunk of logits.
+        device: where folders are loaded and input ids are sent.
+
+    Returns:
+        int64 labels in the shape of ``blocks`` (a list for a sequence; one such set per alpha, in a list, when
+        ``alpha`` is a sequence). The label at position ``i`` is what the output at ``i`` is taught: it is not
+        shifted. -100 where a position is not trained.
+
+    Raises:
+        UserError: an unusable dictionary, tokenizer or model folder.
+    """
+    tokenizer = load_tokenizer(tokenizer)
+    aligner = make_aligner(
+        load_dictionary(anchors),
+        tokenizer,
+        reference_rules=reference_rules,
+        seed=seed,
+        match_across_lines=match_across_lines,
+    )
+    rows = [np.asarray(block) for block in blocks]
+    alphas = [float(alpha)] if np.isscalar(alpha) else [float(a) for a in alpha]
+    labeller = Labeller(
+        base, reinforced, aligner, alphas, batch_size=batch_size, chunk_mib=chunk_mib, device=device
+    )
+    alignment = aligner.align(rows, contiguous=contiguous)
+    labels, _, _ = labeller.label(rows, alignment)
+    sets = []
+    for one in labels:
+        parts = np.split(one, alignment.block_offsets[1:-1]) if len(rows) else []
+        sets.append(
+            np.stack(parts) if isinstance(blocks, np.ndarray) and blocks.ndim == 2 and len(rows) else parts
+        )
+    return sets[0] if np.isscalar(alpha) else sets
+
+
+def make_aligner(
+    dictionary: Dictionary,
+    tokenizer: Tokenizer,
+    *,
+    reference_rules: bool = False,
+    seed: int = 0,
+    match_across_lines: bool = False,
+) -> Aligner | ReferenceAligner:
+    """The aligner of either rule set."""
+    if reference_rules:
+        return ReferenceAligner(dictionary, tokenizer, seed=seed)
+    return Aligner(dictionary, tokenizer, seed=seed, match_across_lines=match_across_lines)
+
+
+class Labeller:
+    """Labels aligned blocks with two models.
+
+    Args:
+        base, reinforced: see :func:`label_blocks`.
+        aligner: whose dictionary the alignments come from.
+        alphas: one label set for each.
+    """
+
+    def __init__(
+        self,
+        base: Model,
+        reinforced: Model,
+        aligner: Aligner | ReferenceAligner,
+        alphas: Sequence[float],
+        *,
+        batch_size: int = 8,
+        chunk_mib: int = 256,
+        device: str | torch.device = "cpu",
+    ):
+        self.base, self.reinforced = _loaded(base, device), _loaded(reinforced, device)
+        self.alphas = list(alphas)
+        self.batch_size = batch_size
+        self.chunk_mib = chunk_mib
+        self.device = torch.device(device)
+        self._first_tokens = aligner.first_tokens()
+        self._both_llamas = isinstance(self.base, Llama) and isinstance(self.reinforced, Llama)
+
+    @torch.inference_mode()
+    def label(
+        self,
+        blocks: Sequence[np.ndarray],
+        alignment: Alignment,
+        progress: Callable[[int], None] = lambda n: None,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Labels of the blocks of one alignment.
+
+        Args:
+            blocks: the original blocks that ``alignment`` was made from, in order.
+            progress: called with the number of original tokens of each batch that is done.
+
+        Returns:
+            labels int64 [n_alphas, tokens]; the base's own choice on the translation, int64 [tokens]; and the
+            reasons, uint8 [tokens] (the alignment's, with positions that had no finite logit added).
+        """
+        n_tokens = len(alignment.index_map)
+        labels = np.full((len(self.alphas), n_tokens), IGNORE_INDEX, dtype=np.int64)
+        own = np.full(n_tokens, IGNORE_INDEX, dtype=np.int64)
+        reason = alignment.reason.copy()
+        for first in range(0, len(blocks), self.batch_size):
+            numbers = range(first, min(first + self.batch_size, len(blocks)))
+            span = slice(alignment.block_offsets[numbers[0]], alignment.block_offsets[numbers[-1] + 1])
+            positions = span.start + np.flatnonzero(alignment.index_map[span] >= 0)
+            if len(positions):
+                labels[:, positions], own[positions] = self._label_batch(
+                    blocks, alignment, numbers, positions
+                )
+                broken = positions[labels[0, positions] == IGNORE_INDEX]
+                reason[broken] = NOT_FINITE
+            progress(span.stop - span.start)
+        return labels, own, reason
+
+    def _label_batch(self, blocks, alignment, numbers, positions):
+        offsets = alignment.block_offsets
+        block_of = np.searchsorted(offsets, positions, side="right") - 1
+        local = block_of - numbers[0]
+        original = _padded([blocks[b] for b in numbers])
+        translated = _padded(
+            [alignment.translated[slice(*alignment.translated_offsets[b : b + 2])] for b in numbers]
+        )
+        base_rows = local * translated.shape[1] + alignment.index_map[positions]
+        reinforced_rows = local * original.shape[1] + (positions - offsets[block_of])
+        row_offsets, tokens = _used_before(alignment, numbers, positions, block_of, self._first_tokens)
+        base, base_head = self._rows(self.base, translated, base_rows)
+        reinforced, reinforced_head = self._rows(self.reinforced, original, reinforced_rows)
+        labels, own = generic_labels(
+            base,
+            reinforced,
+            self.alphas,
+            base_head=base_head,
+            reinforced_head=reinforced_head,
+            row_offsets=torch.from_numpy(row_offsets).to(base.device),
+            mean_tokens=torch.from_numpy(tokens).to(base.device),
+            ignore_index=IGNORE_INDEX,
+            chunk_mib=self.chunk_mib,
+        )
+        return labels.cpu().numpy(), own.cpu().numpy()
+
+    def _rows(self, model, input_ids: np.ndarray, rows: np.ndarray) -> tuple[Tensor, Tensor | None]:
+        """Hidden states and head, or (of a model that is not ours) logits, at flat positions of a batch."""
+        ids = torch.from_numpy(input_ids).to(self.device)
+        index = torch.from_numpy(rows.astype(np.int64))
+        if self._both_llamas:
+            hidden = model.hidden_states(ids)
+            return hidden.flatten(0, 1)[index.to(hidden.device)], model.lm_head_weight
+        output = model(ids)
+        logits = getattr(output, "logits", output)
+        return logits.flatten(0, 1)[index.to(logits.device)], None
+
+
+def _loaded(model: Model, device):
+    if isinstance(model, (str, Path)):
+        from whp_fast.checkpoint import load_model
+
+        return load_model(Path(model), device=device)
+    return model
+
+
+def _padded(rows: Sequence[np.ndarray]) -> np.ndarray:
+    """int64 [n, longest]: right-padded with token 0, which a causal model never shows to earlier positions."""
+    result = np.zeros((len(rows), max(map(len, rows))), dtype=np.int64)
+    for k, row in enumerate(rows):
+        result[k, : len(row)] = row
+    return result
+
+
+def _used_before(alignment, numbers, positions, block_of, first_tokens) -> tuple[np.ndarray, np.ndarray]:
+    """Rule j as rows: for each position, the first tokens of the counterparts used strictly before the translated
+    position it reads. CSR: offsets int64 [n + 1] and tokens int64."""
+    counts = np.zeros(len(positions), dtype=np.int64)
+    lists = []
+    for block in numbers:
+        uses = slice(alignment.used_offsets[block], alignment.used_offsets[block + 1])
+        values, first_use = np.unique(alignment.used_value[uses], return_index=True)
+        order = np.argsort(first_use, kind="stable")  # a counterpart counts from its first use on
+        at = alignment.used_at[uses][first_use[order]]
+        tokens = first_tokens[values[order]].ravel().astype(np.int64)
+        mine = np.flatnonzero(block_of == block)
+        used = np.searchsorted(at, alignment.index_map[positions[mine]], side="left")
+        counts[mine] = 2 * used
+        lists += [tokens[: 2 * k] for k in used]
+    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    return offsets, np.concatenate(lists) if lists else np.zeros(0, dtype=np.int64)

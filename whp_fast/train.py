@@ -1,0 +1,598 @@
+"""The whole job: a model folder, a corpus and a dictionary go in, an unlearned model folder comes out.
+
+    prepare -> anchors -> align -> reinforce -> label -> unlearn -> evaluate -> export -> report
+
+Each stage leaves finished artifacts in the run folder and is skipped when they are complete and what they depend
+on has not changed. Run as ``torchrun -m whp_fast.train --config CONFIG [--section.key value ...]``, or with
+``python -m`` for the same on one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from whp_fast.alignment import load_alignment, save_alignment
+from whp_fast.anchors import load_dictionary, nearest_words
+from whp_fast.artifacts import NpyWriter, RunFolder, Stage, files_digest, flatten, write_json
+from whp_fast.checkpoint import load_config, load_model, save_model
+from whp_fast.config import JobConfig, TrainConfig, parse_config
+from whp_fast.corpus import Blocks, TokenWriter, corpus_files, tokenise_corpus
+from whp_fast.engine import StepRecord, plan_steps, train
+from whp_fast.errors import UserError
+from whp_fast.evaluate import EvaluationResult, evaluate, next_token_table
+from whp_fast.export import export_model, model_card
+from whp_fast.judge import LexicalJudge
+from whp_fast.label import Labeller, make_aligner
+from whp_fast.label_statistics import LabelStatistics, label_page
+from whp_fast.progress import console, say, track
+from whp_fast.prompts import EvaluationFiles, EvaluationSet
+from whp_fast.report import ReportData, join_next_tokens, write_report
+from whp_fast.tokens import load_tokenizer
+
+
+def run_job(
+    config: JobConfig, *, overwrite: bool = False, earlier_seconds: dict[str, float] | None = None
+) -> Path:
+    """Run every stage that is not complete yet; return the folder of the unlearned model.
+
+    Args:
+        config: the job.
+        overwrite: start anew in a run folder that is there.
+        earlier_seconds: seconds of work done before the job (making the demo's world), for the report.
+
+    Raises:
+        UserError: something the caller can mend; finished stages are kept.
+    """
+    job = Job(config, overwrite=overwrite)
+    try:
+        job.prepare()
+        job.align()
+        job.reinforce()
+        job.label()
+        job.unlearn()
+        job.evaluate()
+        job.export()
+        job.report(earlier_seconds or {})
+    finally:
+        job.run.close()
+    return job.stages["export"].folder
+
+
+class Job:
+    """The stages of one job; each method runs its stage or finds it complete.
+
+    Everything that can be wrong with the inputs is looked at in the constructor, before any long work.
+    """
+
+    def __init__(self, config: JobConfig, *, overwrite: bool = False):
+        self.config = config
+        self.device = _device(config.run.device)
+        if config.run.threads:
+            torch.set_num_threads(config.run.threads)
+        self.base_folder = Path(config.model.path)
+        self.model_config = load_config(self.base_folder)
+        self.tokenizer = load_tokenizer(Path(config.data.tokenizer or self.base_folder))
+        self._check_sizes()
+        self.corpus = corpus_files(config.data.corpus)
+        self.dictionary = load_dictionary(config.anchors.path)
+        self.evaluation = self._evaluation_set()
+        self.stages: dict[str, Stage] = {}
+        self.run = RunFolder(Path(config.run.dir), config.settings(), overwrite=overwrite)
+        self._model_digest = files_digest(_model_files(self.base_folder))
+        self._announce()
+
+    # Stages ---------------------------------------------------------------------------------------------------
+
+    def prepare(self) -> Stage:
+        """Corpus to tokens: ``tokens.npy``, ``document_starts.npy``."""
+        data, rules = self.config.data, self.config.anchors.reference_rules
+
+        def work(folder: Path) -> dict:
+            writer = TokenWriter(folder / "tokens.npy", self.tokenizer.vocab_size)
+            with writer, track("prepare", sum(f.stat().st_size for f in self.corpus)) as advance:
+                counts = tokenise_corpus(
+                    self.corpus,
+                    self.tokenizer,
+                    writer,
+                    text_field=data.text_field,
+                    errors=data.encoding_errors,
+                    reference_chunks=rules,
+                    progress=advance,
+                )
+            np.save(folder / "document_starts.npy", np.array(writer.document_starts, dtype=np.int64))
+            counts["blocks"] = len(Blocks.of(np.empty(writer.count), data.context, drop_tail=rules))
+            if counts["blocks"] == 0:
+                raise UserError(
+                    f"data.corpus: {writer.count} tokens make no block of {data.context} under the reference rules, which "
+                    "drop the last one; use a longer corpus or a shorter data.context."
+                )
+            return counts
+
+        depends = {"corpus": files_digest(self.corpus), "tokenizer": files_digest(self.tokenizer.files)}
+        stage = self._stage("prepare", depends | dataclasses.asdict(data) | {"reference_rules": rules}, work)
+        s = stage.summary
+        self._told(
+            stage,
+            f"{s['documents']} documents, {s['tokens']:,} tokens, {s['blocks']:,} blocks of {data.context}",
+        )
+        return stage
+
+    def align(self) -> Stage:
+        """Dictionary and blocks to translated blocks and their map: ``anchors.json``, ``*.npy``."""
+        anchors = self.config.anchors
+
+        def work(folder: Path) -> dict:
+            write_json(folder / "anchors.json", self.dictionary.entries)
+            write_json(folder / "dropped.json", self.dictionary.dropped)
+            blocks = self._blocks()
+            aligner = self._aligner()
+            with track("align", blocks.n_tokens) as advance:
+                parts = (part for _, part in aligner.align_stream(blocks))
+                matches = save_alignment(folder, parts, progress=advance)
+            found = dict(zip(self.dictionary.expressions, matches.tolist()))
+            write_json(folder / "matches.json", dict(sorted(found.items(), key=lambda item: -item[1])))
+            return {
+                "expressions": len(found),
+                "dropped": len(self.dictionary.dropped),
+                "matched": sum(1 for n in found.values() if n),
+                "occurrences": int(matches.sum()),
+            }
+
+        depends = {"anchors": self.dictionary.entries, "prepare": self.stages["prepare"].fingerprint}
+        depends |= {"rules": dataclasses.asdict(anchors), "seed": self.config.run.seed}
+        stage = self._stage("align", depends, work)
+        s = stage.summary
+        self._told(
+            stage,
+            f"{s['matched']} of {s['expressions']} expressions occur, {s['occurrences']:,} times in all",
+        )
+        if s["occurrences"] == 0:
+            self._warn_no_match()
+        return stage
+
+    def reinforce(self) -> Stage:
+        """The base trained further on the corpus: ``model/``, ``log.jsonl``."""
+
+        def work(folder: Path) -> dict:
+            model = load_model(self.base_folder, dtype=torch.float32, device=self.device)
+            log = self._train(model, folder, self.config.reinforce, labels=None)
+            save_model(model, _made(folder / "model"))
+            return log
+
+        depends = {"model": self._model_digest, "prepare": self.stages["prepare"].fingerprint}
+        depends |= {
+            "settings": dataclasses.asdict(self.config.reinforce),
+            "dtype": self.config.model.compute_dtype,
+        }
+        depends["seed"] = self.config.run.seed
+        stage = self._stage("reinforce", depends, work)
+        s = stage.summary
+        self._told(stage, f"{s['steps']} steps, loss {s['first_loss']:.3f} to {s['last_loss']:.3f}")
+        return stage
+
+    def label(self) -> Stage:
+        """Both models to generic labels: ``labels_alpha_*.npy`` (int32, one label a token), ``reason.npy``,
+        ``base_choice.npy``, ``statistics.json``."""
+        settings = self.config.label
+        alphas = list(dict.fromkeys([settings.alpha, *settings.more_alphas]))
+
+        def work(folder: Path) -> dict:
+            dtype = getattr(torch, settings.dtype)
+            base = load_model(self.base_folder, dtype=dtype, device=self.device)
+            reinforced = load_model(
+                self.stages["reinforce"].folder / "model", dtype=dtype, device=self.device
+            )
+            labeller = Labeller(
+                base,
+                reinforced,
+                self._aligner(),
+                alphas,
+                batch_size=settings.batch_blocks,
+                chunk_mib=settings.chunk_mib,
+                device=self.device,
+            )
+            return self._write_labels(folder, labeller, alphas)
+
+        depends = {"settings": dataclasses.asdict(settings), "align": self.stages["align"].fingerprint}
+        depends["reinforce"] = self.stages["reinforce"].fingerprint
+        stage = self._stage("label", depends, work)
+        s = stage.summary
+        trained = 100 * s["trained"] / max(1, s["positions"])
+        changed = 100 * s["changed_from_text"] / max(1, s["trained"])
+        self._told(stage, f"{trained:.1f} % of positions trained, {changed:.1f} % of them unlike the text")
+        return stage
+
+    def unlearn(self) -> Stage:
+        """The base trained on the labels: ``model/``, ``log.jsonl``, ``curve.json``."""
+        settings = self.config.unlearn
+
+        def work(folder: Path) -> dict:
+            model = load_model(self.base_folder, dtype=torch.float32, device=self.device)
+            labels = np.load(
+                self.stages["label"].folder / _labels_file(self.config.label.alpha), mmap_mode="r"
+            )
+            curve: list[dict] = []
+            n_steps = len(plan_steps(len(self._blocks()), settings, self.config.run.seed))
+
+            def point(step: int) -> None:
+                due = settings.evaluate_every and (step % settings.evaluate_every == 0 or step == n_steps)
+                if due and self.evaluation is not None:
+                    result = self._evaluate(model, self.config.evaluate.curve_prompts or None)
+                    curve.append({"step": step, **result.figures})
+
+            log = self._train(model, folder, settings, labels=labels, after_step=point)
+            write_json(folder / "curve.json", curve)
+            save_model(model, _made(folder / "model"))
+            return log
+
+        depends = {"model": self._model_digest, "label": self.stages["label"].fingerprint}
+        depends |= {"settings": dataclasses.asdict(settings), "dtype": self.config.model.compute_dtype}
+        depends |= {"seed": self.config.run.seed, "alpha": self.config.label.alpha}
+        if settings.evaluate_every:
+            depends["evaluate"] = self._evaluation_digest()
+        stage = self._stage("unlearn", depends, work)
+        s = stage.summary
+        self._told(stage, f"{s['steps']} steps, loss {s['first_loss']:.3f} to {s['last_loss']:.3f}")
+        return stage
+
+    def evaluate(self) -> Stage:
+        """Before, after and the oracle: ``before.json``, ``after.json``, ``oracle.json``, ``next_tokens_*.json``."""
+        models = {"before": self.base_folder, "after": self.stages["unlearn"].folder / "model"}
+        if self.config.evaluate.oracle:
+            models["oracle"] = Path(self.config.evaluate.oracle)
+
+        def work(folder: Path) -> dict:
+            figures = {}
+            with track("evaluate", len(models)) as advance:
+                for name, path in models.items():
+                    if self.evaluation is None:
+                        break
+                    model = load_model(path, dtype=torch.float32, device=self.device)
+                    result = self._evaluate(model, None)
+                    write_json(folder / f"{name}.json", result.to_json())
+                    if self.evaluation.probability:
+                        prompts = [p.prompt for p in self.evaluation.probability]
+                        tables = next_token_table(model, self.tokenizer, prompts)
+                        write_json(folder / f"next_tokens_{name}.json", tables)
+                    figures[name] = result.figures
+                    advance(1)
+            return figures
+
+        depends = {"evaluate": self._evaluation_digest(), "unlearn": self.stages["unlearn"].fingerprint}
+        depends["model"] = self._model_digest
+        if "oracle" in models:
+            depends["oracle"] = files_digest(_model_files(models["oracle"]))
+        stage = self._stage("evaluate", depends, work)
+        before, after = stage.summary.get("before", {}), stage.summary.get("after", {})
+        known = [key for key in before if before[key] is not None and after.get(key) is not None]
+        self._told(
+            stage,
+            "; ".join(f"{key.replace('_', ' ')} {before[key]:.3f} to {after[key]:.3f}" for key in known),
+        )
+        return stage
+
+    def export(self) -> Stage:
+        """The Hugging Face folder."""
+        settings = self.config.export
+
+        def work(folder: Path) -> dict:
+            model = load_model(
+                self.stages["unlearn"].folder / "model", dtype=torch.float32, device=self.device
+            )
+            figures = self.stages["evaluate"].summary
+            card = model_card(
+                name=settings.name or f"{self.base_folder.name}-unlearned",
+                base=self.base_folder.name,
+                corpus=[Path(entry).name for entry in self.config.data.corpus],
+                tokens=self.stages["prepare"].summary["tokens"],
+                documents=self.stages["prepare"].summary["documents"],
+                expressions=len(self.dictionary.entries),
+                before=figures.get("before", {}),
+                after=figures.get("after", {}),
+                settings=self._card_settings(),
+            )
+            export_model(
+                model,
+                folder,
+                self.tokenizer,
+                card,
+                dtype=getattr(torch, settings.dtype),
+                shard_mib=settings.shard_mib,
+            )
+            return {}
+
+        depends = {"unlearn": self.stages["unlearn"].fingerprint, "settings": dataclasses.asdict(settings)}
+        depends["evaluate"] = self.stages["evaluate"].fingerprint
+        stage = self._stage("export", depends, work)
+        self._told(stage, f"Hugging Face folder {stage.folder}")
+        return stage
+
+    def report(self, earlier_seconds: dict[str, float]) -> Stage:
+        """``report.md``, ``metrics.json`` and pictures."""
+        seconds = {**earlier_seconds, **{name: stage.seconds for name, stage in self.stages.items()}}
+
+        def work(folder: Path) -> dict:
+            write_report(folder, self._report_data(seconds))
+            return {}
+
+        depends = {name: stage.fingerprint for name, stage in self.stages.items()} | {
+            "seconds": earlier_seconds
+        }
+        stage = self._stage("report", depends, work)
+        self._told(stage, f"{stage.folder / 'report.md'}")
+        return stage
+
+    # Parts of stages ------------------------------------------------------------------------------------------
+
+    def _train(
+        self, model, folder: Path, settings: TrainConfig, *, labels, after_step=lambda step: None
+    ) -> dict:
+        """Train, keep the log, and return its summary."""
+        blocks = self._blocks()
+        n_steps = len(plan_steps(len(blocks), settings, self.config.run.seed))
+        losses: list[float] = []
+        with open(folder / "log.jsonl", "w") as log, track(settings.name, n_steps) as advance:
+
+            def on_step(record: StepRecord) -> None:
+                losses.append(record.loss)
+                log.write(json.dumps(dataclasses.asdict(record)) + "\n")
+                rate = record.tokens / max(record.seconds, 1e-9)
+                advance(1, f"step {record.step}/{n_steps}  loss {record.loss:.3f}  {rate:,.0f} tokens/s")
+
+            train(
+                model,
+                blocks,
+                labels,
+                settings,
+                seed=self.config.run.seed,
+                device=self.device,
+                compute_dtype=getattr(torch, self.config.model.compute_dtype),
+                on_step=on_step,
+                after_step=after_step,
+            )
+        return {"steps": n_steps, "first_loss": losses[0], "last_loss": losses[-1]}
+
+    def _write_labels(self, folder: Path, labeller: Labeller, alphas: Sequence[float]) -> dict:
+        blocks = self._blocks()
+        alignment = load_alignment(self.stages["align"].folder)
+        statistics = LabelStatistics()
+        per_part = max(labeller.batch_size, 64)
+        writers = [NpyWriter(folder / _labels_file(alpha), np.int32) for alpha in alphas]
+        reasons, choices = (
+            NpyWriter(folder / "reason.npy", np.uint8),
+            NpyWriter(folder / "base_choice.npy", np.int32),
+        )
+        with track("label", blocks.n_tokens) as advance:
+            for first in range(0, len(blocks), per_part):
+                last = min(first + per_part, len(blocks))
+                part = alignment.blocks(first, last)
+                labels, own, reason = labeller.label([blocks[i] for i in range(first, last)], part, advance)
+                for writer, row in zip(writers, labels):
+                    writer.append(row)
+                reasons.append(reason)
+                choices.append(own)
+                start, end = blocks.offsets(first, last)[[0, -1]]
+                following = np.full(end - start, -1, dtype=np.int64)
+                after = blocks.tokens[start + 1 : end + 1]
+                following[: len(after)] = after
+                statistics.add(following, labels[0], own, reason)
+        for writer in (*writers, reasons, choices):
+            writer.close()
+        summary = statistics.summary(self.tokenizer)
+        write_json(folder / "statistics.json", summary)
+        return {
+            key: summary[key] for key in ("positions", "trained", "changed_from_text", "changed_from_base")
+        }
+
+    def _report_data(self, seconds: dict[str, float]) -> ReportData:
+        def read(stage: str, name: str):
+            file = self.stages[stage].folder / name
+            return json.loads(file.read_text()) if file.is_file() else None
+
+        results = {name: read("evaluate", f"{name}.json") for name in ("before", "after", "oracle")}
+        results = {name: EvaluationResult.from_json(r) for name, r in results.items() if r is not None}
+
+        blocks = self._blocks()
+        labels = np.load(self.stages["label"].folder / _labels_file(self.config.label.alpha), mmap_mode="r")
+        reason = np.load(self.stages["label"].folder / "reason.npy", mmap_mode="r")
+        shown = _telling_block(
+            blocks, np.load(self.stages["align"].folder / "used_offsets.npy", mmap_mode="r")
+        )
+        here = slice(*blocks.offsets(shown, shown + 1))
+        tables = {
+            name: read("evaluate", f"next_tokens_{name}.json") for name in ("before", "after", "oracle")
+        }
+        return ReportData(
+            title=f"{self.base_folder.name}: forgetting {', '.join(Path(c).name for c in self.config.data.corpus[:3])}",
+            model_name=self.base_folder.name,
+            settings=self.config.settings(),
+            before=results.get("before", EvaluationResult()),
+            after=results.get("after", EvaluationResult()),
+            oracle=results.get("oracle"),
+            curve=read("unlearn", "curve.json") or [],
+            curve_prompts=self.config.evaluate.curve_prompts,
+            label_stats=read("label", "statistics.json"),
+            label_page=label_page(self.tokenizer, blocks[shown], labels[here], reason[here]),
+            next_tokens=join_next_tokens(**tables) if tables["before"] else [],
+            seconds=seconds,
+        )
+
+    # Small things ---------------------------------------------------------------------------------------------
+
+    def _stage(self, name: str, depends: dict, work) -> Stage:
+        stage = self.run.stage(name, depends, work)
+        self.stages[name] = stage
+        return stage
+
+    def _blocks(self) -> Blocks:
+        tokens = np.load(self.stages["prepare"].folder / "tokens.npy", mmap_mode="r")
+        return Blocks.of(tokens, self.config.data.context, drop_tail=self.config.anchors.reference_rules)
+
+    def _aligner(self):
+        anchors = self.config.anchors
+        return make_aligner(
+            self.dictionary,
+            self.tokenizer,
+            reference_rules=anchors.reference_rules,
+            seed=self.config.run.seed,
+            match_across_lines=anchors.match_across_lines,
+        )
+
+    def _evaluate(self, model, max_prompts: int | None) -> EvaluationResult:
+        return evaluate(
+            model,
+            self.tokenizer,
+            self.evaluation,
+            judge=LexicalJudge(self.dictionary.expressions),
+            max_prompts=max_prompts,
+            max_new_tokens=self.config.evaluate.max_new_tokens,
+            context=self.config.data.context,
+        )
+
+    def _evaluation_files(self) -> dict[str, Path]:
+        names = {
+            "familiarity": "familiarity",
+            "probability": "probability",
+            "choices": "choices",
+            "text": "general_text",
+        }
+        settings = dataclasses.asdict(self.config.evaluate)
+        return {name: Path(settings[key]) for name, key in names.items() if settings[key]}
+
+    def _evaluation_set(self) -> EvaluationSet | None:
+        files = self._evaluation_files()
+        if self.config.evaluate.oracle:
+            load_config(Path(self.config.evaluate.oracle))
+        return EvaluationFiles(**files).load() if files else None
+
+    def _evaluation_digest(self) -> dict:
+        files = [
+            f
+            for path in self._evaluation_files().values()
+            for f in ([path] if path.is_file() else corpus_files([path]))
+        ]
+        return {"files": files_digest(files), "settings": dataclasses.asdict(self.config.evaluate)}
+
+    def _check_sizes(self) -> None:
+        context, longest = self.config.data.context, self.model_config.max_position_embeddings
+        if context > longest:
+            raise UserError(
+                f"data.context: {context} tokens are more than the {longest} of max_position_embeddings in "
+                f"{self.base_folder / 'config.json'}; set data.context to {longest} or less."
+            )
+        if self.tokenizer.vocab_size > self.model_config.vocab_size:
+            raise UserError(
+                f"{self.tokenizer.path}: the tokenizer has {self.tokenizer.vocab_size} tokens but the embedding of "
+                f"{self.base_folder} has {self.model_config.vocab_size} rows; use the tokenizer of this model."
+            )
+
+    def _announce(self) -> None:
+        kind = (
+            torch.cuda.get_device_name()
+            if self.device.type == "cuda"
+            else f"CPU, {torch.get_num_threads()} threads"
+        )
+        say(f"[bold]whp_fast[/bold]  {self.base_folder}  on {kind}; run folder {self.run.path}")
+        if self.dictionary.dropped:
+            say(f"  anchors     {len(self.dictionary.dropped)} expressions left out by the cleaning rules")
+
+    def _told(self, stage: Stage, text: str) -> None:
+        name = stage.folder.name
+        when = "complete" if stage.skipped else f"{stage.seconds:.1f} s"
+        say(f"  [bold]{name:<11}[/bold] {when:>9}  {text}")
+
+    def _warn_no_match(self) -> None:
+        sample = self.tokenizer.decode([int(t) for t in self._blocks().tokens[:200_000]])
+        pairs = ", ".join(f"{a!r} ~ {b!r}" for a, b in nearest_words(self.dictionary, sample))
+        say(
+            f"[yellow]warning:[/yellow] {self.config.anchors.path}: no expression occurs in the corpus, so only the "
+            f"reinforced model tells what to forget; the nearest words are {pairs}"
+        )
+
+    def _card_settings(self) -> dict[str, object]:
+        flat = flatten(self.config.settings())
+        wanted = ("anchors.reference_rules", "data.context", "model.compute_dtype")
+        kept = {
+            k: v
+            for k, v in flat.items()
+            if k in wanted or k.split(".")[0] in ("reinforce", "label", "unlearn", "run")
+        }
+        return {k: v for k, v in kept.items() if not k.endswith(("_mib", "evaluate_every"))}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status (2 for what the user can mend, 130 when interrupted)."""
+    switches = argparse.ArgumentParser(add_help=False)
+    switches.add_argument("--overwrite", action="store_true")
+    switches.add_argument("--debug", action="store_true")
+    options, rest = switches.parse_known_args(arguments)
+    began = time.monotonic()
+    try:
+        _refuse_many_processes()
+        folder = run_job(parse_config(rest), overwrite=options.overwrite)
+    except UserError as error:
+        if options.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; finished stages are kept, the same command goes on from there", file=sys.stderr)
+        return 130
+    say(f"[bold]done[/bold] in {time.monotonic() - began:.0f} s: {folder}")
+    return 0
+
+
+def _refuse_many_processes() -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            f"WORLD_SIZE: {os.environ['WORLD_SIZE']} processes were started, but a job runs on one; use "
+            "torchrun --nproc-per-node 1."
+        )
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"run.device: {name!r} cannot be used here ({str(error).splitlines()[0]}); set cpu or auto."
+        ) from error
+    return device
+
+
+def _model_files(folder: Path) -> list[Path]:
+    return sorted(
+        [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json"), folder / "config.json"]
+    )
+
+
+def _labels_file(alpha: float) -> str:
+    return f"labels_alpha_{alpha:g}.npy"
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def _telling_block(blocks: Blocks, used_offsets: np.ndarray) -> int:
+    """The block with the most expressions among the first thousand: the one worth showing."""
+    return int(np.argmax(np.diff(used_offsets[: min(len(blocks), 1000) + 1])))
+
+
+if __name__ == "__main__":
+    console.soft_wrap = True
+    sys.exit(main())
