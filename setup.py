@@ -1,4 +1,4 @@
-"""Packaging: two libraries in one distribution, ``whp_fast`` (the trainer) and ``whp_kernels`` (the losses)."""
+"""Packaging: two libraries in one distribution, ``whp_fast`` (the trainer) and ``whp_kernels`` (losses)."""
 
 from setuptools import find_packages, setup
 

@@ -4,12 +4,15 @@ It is written from the numbered behaviours of the method ("Who's Harry Potter?",
 reference code), not from `whp_fast`, so that the tests can compare the two. The letters b to l are the names
 of those behaviours:
 
-    b  cleaning: "Orrin's" goes if "Orrin" is a key; "Orrin Vale" goes if "Orrin" and "Vale" are both keys c
-    matching, d which key wins, e choice of value g  different token counts: inner tokens of a match map to
-    nothing, the end of a match maps to the end of its value i  second and later occurrence: the token before
-    the match maps to nothing j  forbidden tokens: after a value was introduced, the first token of each of
-    its forms gets the mean of the row k  offset = relu(reinforced(original) - base(translated)), with the
-    logits after rule j l  label = argmax(base(translated) - alpha * offset), the lowest index on ties
+    b  cleaning: "Orrin's" goes if "Orrin" is a key; "Orrin Vale" goes if "Orrin" and "Vale" are both keys
+    c  matching
+    d  which key wins
+    e  choice of value
+    g  different token counts: the inside of a match maps to nothing, its end to the end of the value
+    i  second and later occurrence: the token before the match maps to nothing
+    j  forbidden tokens: once a value was introduced, the first token of each form of it gets the row's mean
+    k  offset = relu(reinforced(original) - base(translated)), with the logits after rule j
+    l  label = argmax(base(translated) - alpha * offset), the lowest index on ties
 
 Both rule sets are here: `translate_by_tokens` (the reference rules) and `translate_by_text` (the rules of
 this project). `drop` names rules to leave out: with it the tests show that each rule changes some label.
@@ -30,15 +33,12 @@ class Unspecified(Exception):
 
 @dataclass
 class Translation:
-    """A translated block: its tokens, the map original index -> translated index or -1, and the forbidden
-    tokens.
-    """
+    """A translated block."""
 
     tokens: list[int] = field(default_factory=list)
-    index_map: list[int] = field(default_factory=list)
-    forbidden: list[tuple[int, list[int]]] = field(
-        default_factory=list
-    )  # (index where introduced, first tokens)
+    index_map: list[int] = field(default_factory=list)  # original index -> translated index or -1
+    # (translated index where a value is introduced, first tokens of its two forms)
+    forbidden: list[tuple[int, list[int]]] = field(default_factory=list)
 
 
 def possible_labels(block, anchors, base, reinforced, tokenizer, alpha=5.0, reference_rules=False, drop=()):
@@ -265,9 +265,7 @@ def tokenise_inside(tokenizer, new_text):
 
 
 def corresponding_boundary(boundary, values, drop=()):
-    """The boundary of the translated text that corresponds to one of the original text, or None inside a
-    match.
-    """
+    """The boundary of the translated text for one of the original text, or None inside a match."""
     shift = 0
     for (start, end, _), value_start, value_end in values:
         if boundary == end:

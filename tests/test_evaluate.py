@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 import torch
+from tokenizer_fixtures import folder_of
 
-from tests.tokenizer_fixtures import folder_of
 from whp_fast import evaluate as evaluation
 from whp_fast import scoring
 from whp_fast.checkpoint import save_model
@@ -706,7 +706,7 @@ def test_files_are_checked_before_the_model(tmp_path, capsys):
         evaluate(None, None, files)
 
 
-# ---- a real model and real tokenizers -----------------------------------------------------------------------
+# ---- a real model and real tokenizers ------------------------------------------------------------------
 
 KINDS = ("sentencepiece", "bpe-json")
 REAL = EvaluationSet(

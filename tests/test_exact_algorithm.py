@@ -1,5 +1,4 @@
-"""`whp_fast.label.label_blocks` against the plain restatement of the algorithm in `brute_force.py`, token by
-token.
+"""`whp_fast.label.label_blocks` against the plain restatement of the algorithm in `brute_force.py`.
 
 The models are tables: the logits at a position are a row chosen by a hash of the last three tokens, so that a
 label that is read one position off is almost surely another label. In the exact tables all logits and their
@@ -18,13 +17,7 @@ import torch
 from hypothesis import HealthCheck, Phase, assume, find, given, settings
 from hypothesis import strategies as st
 from hypothesis.errors import NoSuchExample
-from tokenizer_fixtures import (
-    TRAINING_TEXT,
-    PlainByteLevel,
-    folder_of,
-    plain_tokenizer,
-    spelled_byte_level_folder,
-)
+from tokenizer_fixtures import TRAINING_TEXT, folder_of, plain_tokenizer
 
 from whp_fast.errors import UserError
 from whp_fast.label import label_blocks
@@ -40,8 +33,7 @@ SETTINGS = {
     "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
 }
 
-# Expressions that begin with, end with or contain one another; expressions with punctuation, accents, an
-# emoji at their ends.
+# Expressions that begin with, end with or contain one another; some end in punctuation, accents or an emoji.
 FAMILIES = [
     ["Orrin", "Orrin Vale", "Vale", "Orrin's", "Orrin Vale's"],
     ["Orrin", "Orrin Vale", "Orrin\nVale", "Orrin  Vale"],
@@ -57,60 +49,18 @@ FAMILIES = [
 ]
 KEYS = sorted({key for family in FAMILIES for key in family})
 VALUES = ["Paul", "Paul Smith", "school", "a", "the old school", "hall", "—", "é", "Mr. X", "🦉"]
-FILLERS = [
-    "and",
-    "said",
-    "the",
-    "xOrrin",
-    "Orriny",
-    "halls",
-    "_cup",
-    "cup_",
-    "is",
-    "777",
-    "No. 77",
-    "Mr",
-    "ÉliseÉ",
-]
-FILLERS += ["orrin", "Orrin²", "\ufeff", "\x00"]
-PHRASES = [
-    "tall-ash",
-    "Mr.Quill",
-    "Orrin Vale's hall.",
-    "(Vale)",
-    "(Orrin)",
-    "Glimmer-cup",
-    "wand of ash",
-    "🦉—Zoë",
-]
-SEPARATORS = [" "] * 10 + [
-    "",
-    "",
-    "\n",
-    "  ",
-    "\n\n",
-    ", ",
-    ". ",
-    "—",
-    "'s ",
-    "’s ",
-    " “",
-    "” ",
-    " (",
-    ") ",
-    "-",
-    "_",
-    "é",
-]
+FILLERS = "and said the orrin xOrrin Orriny Orrin² halls _cup cup_ is 777 Mr ÉliseÉ \ufeff \x00".split(" ")
+PHRASES = "tall-ash|Mr.Quill|Orrin Vale's hall.|(Vale)|(Orrin)|Glimmer-cup|wand of ash|🦉—Zoë|No. 77".split(
+    "|"
+)
+SEPARATORS = [" "] * 10 + "||\n|  |\n\n|, |. |—|'s |’s | “|” | (|) |-|_|é".split("|")
 
 
 # ----------------------------------------------------------------------------------------------------- models
 
 
 class TableModel:
-    """A causal model: the logits at i are a row of a table, chosen by the last three tokens; float32 [B, T,
-    V].
-    """
+    """A causal model: logits float32 [B, T, V], at i a row of a table that the last three tokens choose."""
 
     def __init__(self, table: torch.Tensor, salt: int):
         self.table, self.salt = table, salt
@@ -159,9 +109,7 @@ def _exact_table(vocab_size, likely, generator, rows=307):
 def _smooth_table(vocab_size, likely, generator, rows=307):
     table = generator.normal(size=(rows, vocab_size))
     table[:, likely] += 1.5
-    table[np.arange(rows), generator.choice(likely, rows)] += np.where(
-        generator.random(rows) < 0.5, 1000.0, 0.0
-    )
+    table[np.arange(rows), generator.choice(likely, rows)] += 1000.0 * (generator.random(rows) < 0.5)
     return torch.tensor(table, dtype=torch.float32)
 
 
@@ -199,24 +147,20 @@ def _dictionary(random, most_values):
 
 
 def _text(random, keys):
-    words = [
-        random.choice(random.choice([keys, keys, PHRASES, KEYS + FILLERS]))
-        for _ in range(random.randint(1, 11))
-    ]
+    lists = [keys, keys, PHRASES, KEYS + FILLERS]
+    words = [random.choice(random.choice(lists)) for _ in range(random.randint(1, 11))]
     return random.choice(["", "", " ", "\n"]) + "".join(word + random.choice(SEPARATORS) for word in words)
 
 
 def _block(random, tokenizer, keys):
-    """A block of token ids, with BOS at the start, in the middle or nowhere, cut anywhere, even inside a
-    character.
-    """
+    """Token ids with BOS at the start, in the middle or nowhere, cut anywhere, even inside a character."""
     text = _text(random, keys)
     style = random.choice(["document", "inside", "chunks", "shreds"])
     if style == "document":
         ids = [tokenizer.bos_id, *tokenizer.encode(text)]
     elif style == "inside":
         ids = tokenizer.encode_inside(text)
-    else:  # chunks: each is encoded as a text of its own; shreds: tokens that the tokenizer itself would not choose
+    else:  # each chunk is a text of its own; shreds are tokens that the tokenizer would not choose itself
         cuts = {random.randint(0, len(text)) for _ in range(random.randint(1, 3 if style == "chunks" else 8))}
         cuts = [0, *sorted(cuts), len(text)]
         parts = [text[start:end] for start, end in zip(cuts, cuts[1:], strict=False)]
@@ -307,17 +251,8 @@ def test_the_tokenizer_interface_equals_its_plain_restatement(kind):
     assert (tokenizer.bos_id, tokenizer.eos_id) == (plain.bos_id, plain.eos_id)
     for token in range(plain.vocab_size):
         assert tokenizer.token_bytes(token) == plain.token_bytes(token)
-    for text in [
-        *KEYS,
-        *VALUES,
-        *FILLERS,
-        *SEPARATORS,
-        *TRAINING_TEXT.splitlines(),
-        TRAINING_TEXT,
-        "",
-        "\n\n x",
-        "  x",
-    ]:
+    words = [*KEYS, *VALUES, *FILLERS, *PHRASES, *SEPARATORS, "\n\n x"]
+    for text in [*words, *TRAINING_TEXT.splitlines(), TRAINING_TEXT, "", "  x"]:
         for variant in (text, " " + text, "  " + text, "\n" + text, text + " ", text + "\n"):
             assert tokenizer.encode(variant) == plain.encode(variant), variant
             assert tokenizer.encode_inside(variant) == plain.encode_inside(variant), variant
@@ -344,121 +279,6 @@ def test_leaving_out_a_rule_changes_some_label(kind, reference_rules, rule):
         find(cases(kind), differs, settings=settings(max_examples=200, **SETTINGS, phases=[Phase.generate]))
     except NoSuchExample:
         pytest.fail(f"200 cases do not notice that the rule {rule!r} is left out")
-
-
-# ----------------------------------------------------------------------------------------- the worked example
-
-WORKED_TOKENS = [
-    " At",
-    " Glimmer",
-    "Glimmer",
-    "hall",
-    " Orrin",
-    "Orrin",
-    " said",
-    " I",
-    " am",
-    " school",
-    "school",
-] + [" Paul", "Paul", " Smith", " he", " the", " it"]
-WORKED_ANCHORS = {"Glimmerhall": "school", "Orrin": "Paul Smith"}
-WORKED_MAP = [0, 1, -1, 2, 3, 5, 6, 7, 8, -1, 11, 12]
-
-
-@functools.cache
-def worked_tokenizer():
-    return PlainByteLevel(spelled_byte_level_folder(WORKED_TOKENS))
-
-
-@functools.cache
-def worked_package_tokenizer():
-    return load_tokenizer(spelled_byte_level_folder(WORKED_TOKENS))
-
-
-def token_of(text):
-    (token,) = worked_tokenizer().encode(text)
-    return token
-
-
-def worked_block():
-    tokenizer = worked_tokenizer()
-    block = [tokenizer.bos_id, *tokenizer.encode(" At Glimmerhall, Orrin said: I am Orrin.")]
-    words = [" At", " Glimmer", "hall", ",", " Orrin", " said", ":", " I", " am", " Orrin", "."]
-    assert [tokenizer.token_bytes(token).decode() for token in block[1:]] == words
-    return block
-
-
-def label_worked_block(base_row, reinforced_row, reference_rules, alpha=5.0):
-    """Labels of the worked block; `base_row(j)` and `reinforced_row(i)` give the logits at an index."""
-
-    def model(row):
-        return lambda input_ids: torch.stack([row(t) for t in range(input_ids.shape[1])]).expand(
-            len(input_ids), -1, -1
-        )
-
-    arguments = [worked_block()], WORKED_ANCHORS, model(base_row), model(reinforced_row)
-    (labels,) = label_blocks(*arguments, worked_package_tokenizer(), alpha, reference_rules)
-    ((expected, _),) = brute_force.possible_labels(
-        worked_block(), *arguments[1:], worked_tokenizer(), alpha, reference_rules
-    )
-    assert np.asarray(labels).tolist() == expected.tolist()
-    return np.asarray(labels).tolist()
-
-
-def row_with(values, fill=0.0):
-    row = torch.full((worked_tokenizer().vocab_size,), fill)
-    for token, value in values.items():
-        row[token] = value
-    return row
-
-
-def trained(labels, reference_rules):
-    """Labels as the table of the worked example gives them; under the reference rules the last position is
-    not trained.
-    """
-    return [*labels[:-1], -100] if reference_rules else labels
-
-
-@pytest.mark.parametrize("reference_rules", [False, True])
-def test_worked_example_map(reference_rules):
-    probe = 40  # the base model names the translated index it stands at: token 40 + index, which is no forbidden token
-    labels = label_worked_block(lambda j: row_with({probe + j: 1.0}), lambda i: row_with({}), reference_rules)
-    assert labels == trained([-100 if j == -1 else probe + j for j in WORKED_MAP], reference_rules)
-
-
-@pytest.mark.parametrize("reference_rules", [False, True])
-@pytest.mark.parametrize(
-    ("word", "introduced"), [(" school", 2), ("school", 2), (" Paul", 4), ("Paul", 4), (" Smith", None)]
-)
-def test_worked_example_forbidden_tokens(reference_rules, word, introduced):
-    word, other = token_of(word), 41
-    labels = label_worked_block(
-        lambda j: row_with({word: 2.0, other: 1.0}), lambda i: row_with({}), reference_rules
-    )
-    expected = [
-        -100 if j == -1 else other if introduced is not None and j > introduced else word for j in WORKED_MAP
-    ]
-    assert labels == trained(expected, reference_rules)
-
-
-@pytest.mark.parametrize("reference_rules", [False, True])
-def test_worked_example_arithmetic(reference_rules):
-    paul, orrin, he, the, it = (token_of(word) for word in (" Paul", " Orrin", " he", " the", " it"))
-    # All other tokens have the mean of the five, so the mean of the row is that of the example.
-    base = row_with({paul: 4.0, orrin: 1.0, he: 3.0, the: 2.5, it: 0.0}, fill=2.1)
-    reinforced = row_with({paul: 1.0, orrin: 6.0, he: 3.5, the: 2.0, it: 0.0}, fill=2.1)
-    labels = label_worked_block(lambda j: base, lambda i: reinforced, reference_rules)
-    assert labels[6] == the
-    assert labels[0] == paul  # not forbidden yet: the label that leaving out rule j would give at 6, too
-    assert label_worked_block(lambda j: base, lambda i: reinforced, reference_rules, alpha=0.0)[6] == he
-
-
-@pytest.mark.parametrize("reference_rules", [False, True])
-def test_ties_go_to_the_lowest_index(reference_rules):
-    row = row_with({50: 1.0, 45: 1.0, 60: 1.0})
-    assert set(label_worked_block(lambda j: row, lambda i: row, reference_rules)) <= {45, -100}
-    higher = row_with({45: 3.0})
-    assert set(label_worked_block(lambda j: row, lambda i: higher, reference_rules)) <= {50, -100}
 
 
 # -------------------------------------------------------------------------------------------- ways to call it
@@ -548,9 +368,7 @@ def test_equal_tokens_overwrite_the_value_but_keep_their_place():
 
 
 def test_equal_expressions_are_refused():
-    """Where the reference code would quietly let the later of two expressions win that are equal after
-    stripping.
-    """
+    """Two expressions equal after stripping (the reference lets the later one win); one equal to its value."""
     for anchors in ({"Orrin ": "Paul", " Orrin": "Jon"}, {"Orrin": "Orrin"}):
         with pytest.raises(UserError, match="Orrin"):
             label_blocks([[1, 2, 3]], anchors, *models("bpe-json", 0), tokenizer_of("bpe-json"))

@@ -1,5 +1,4 @@
-"""Two small tokenizers trained on the spot, and a plain class around each, for the tests that compare token
-by token.
+"""Two small tokenizers trained on the spot, and a plain class around each.
 
 `sentencepiece_folder` is Llama-2-like: BPE with byte fallback, a prefix space, no normalisation.
 `byte_level_folder` is Llama-3-like: byte-level BPE with a regular-expression split and a BOS that the
@@ -30,11 +29,17 @@ A wand is a stick; a stick of ash is a wand of ash. Jon has the cup and Paul has
 He was at the café with Élise, and the old cup of the school stood in the hall at Glimmerhall.
 In the vale there was a school. Jon walked to the school, and Paul Smith walked home with Jon.
 It is said, Orrin, that the ash tree in the old hall is as old as the name of the vale itself.
-The tall-ash in the vale  was a tree; a tall-ash  is not a wand.  The tall-ash was old, as old as a tall-ash can be.
-He (Orrin) had a wand (ash) in the old hall. The other (Vale) had a cup (old) in the old hall. Orrin was in the hall.
-Said Quill (Mr. Quill) to Orrin (Vale), to Orrin (not Vale): “The tall-ash is not in the hall.” “Vale is in the hall.”
+The tall-ash in the vale  was a tree; a tall-ash  is not a wand.
+  The tall-ash was old, as old as a tall-ash can be.
+He (Orrin) had a wand (ash) in the old hall.
+The other (Vale) had a cup (old) in the old hall. Orrin was in the hall.
+Said Quill (Mr. Quill) to Orrin (Vale), to Orrin (not Vale): “The tall-ash is not in the hall.”
+“Vale is in the hall.”
 """
-LLAMA3_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 BOS_TEXT, EOS_TEXT = "<|begin_of_text|>", "<|end_of_text|>"
 
 
@@ -55,7 +60,7 @@ def sentencepiece_folder() -> Path:
             allow_whitespace_only_pieces=True,
             normalization_rule_name="identity",
             split_digits=True,
-            split_by_unicode_script=False,  # so that one piece can hold the end of one expression and the start of the next
+            split_by_unicode_script=False,  # so that a piece can hold the end of an expression and more
             unk_id=0,
             bos_id=1,
             eos_id=2,
@@ -68,9 +73,7 @@ def sentencepiece_folder() -> Path:
 
 @functools.cache
 def byte_level_folder() -> Path:
-    """A folder with the `tokenizer.json` of a Llama-3-like byte-level BPE model; BOS and EOS have the last
-    two ids.
-    """
+    """A folder with the `tokenizer.json` of a Llama-3-like byte-level BPE model (BOS and EOS are last)."""
     tokenizer = tokenizers.Tokenizer(models.BPE(ignore_merges=True))
     tokenizer.pre_tokenizer = _llama3_pre_tokenizer()
     tokenizer.decoder = decoders.ByteLevel()
@@ -84,8 +87,7 @@ def byte_level_folder() -> Path:
 
 
 def spelled_byte_level_folder(tokens: list[str]) -> Path:
-    """A folder with a byte-level `tokenizer.json` whose only tokens of several bytes are `tokens` and their
-    beginnings.
+    """A folder with a byte-level `tokenizer.json` of single bytes, `tokens` and the beginnings of `tokens`.
 
     A token may begin with one space. Merges go from left to right in the order of `tokens`, so the caller
     should check that a text falls into the tokens meant.
@@ -105,7 +107,7 @@ def spelled_byte_level_folder(tokens: list[str]) -> Path:
 
 
 class PlainSentencePiece:
-    """The tokenizer interface of `whp_fast.tokens`, restated in the plainest way over a SentencePiece model."""
+    """The tokenizer interface of `whp_fast.tokens`, restated plainly over a SentencePiece model."""
 
     kind = "sentencepiece"
 
@@ -118,8 +120,7 @@ class PlainSentencePiece:
         return self.processor.encode(text)
 
     def encode_inside(self, text: str) -> list[int]:
-        # The prefix space and the newline are tokens of their own: no piece of the vocabulary holds a
-        # newline.
+        # The prefix space and the newline are tokens of their own: no piece holds a newline.
         return self.processor.encode("\n" + text)[2:]
 
     def token_bytes(self, token: int) -> bytes:
@@ -132,9 +133,7 @@ class PlainSentencePiece:
 
 
 class PlainByteLevel:
-    """The tokenizer interface of `whp_fast.tokens`, restated in the plainest way over a byte-level BPE
-    tokenizer.
-    """
+    """The tokenizer interface of `whp_fast.tokens`, restated plainly over a byte-level BPE tokenizer."""
 
     kind = "bpe-json"
 
@@ -142,8 +141,7 @@ class PlainByteLevel:
         self.tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.vocab_size = self.tokenizer.get_vocab_size()
         self.bos_id, self.eos_id = (self.tokenizer.token_to_id(text) for text in (BOS_TEXT, EOS_TEXT))
-        # The byte alphabet of GPT-2: printable Latin-1 stands for itself, the other bytes follow from U+0100
-        # on in order.
+        # GPT-2's byte alphabet: printable Latin-1 stands for itself, the other bytes follow from U+0100 on.
         printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
         others = [byte for byte in range(256) if byte not in printable]
         self.byte_of = {chr(byte): byte for byte in printable}

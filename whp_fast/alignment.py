@@ -1,12 +1,12 @@
 """Translate blocks and align their prediction points with the translation.
 
-A prediction point is a boundary: the output at a token predicts what follows the text up to the token's end. A
-translation maps boundaries to boundaries, except those inside an expression, which have no counterpart. So the
-position to read in the translated block is found by merging two sorted lists of byte boundaries; it needs no rule
-per tokenizer, and the reference rules follow by themselves: the last token of an expression reads the output at the
-last token of its counterpart, its inner tokens read nothing.
+A prediction point is a boundary: the output at a token predicts what follows the text up to the token's end.
+A translation maps boundaries to boundaries, except those inside an expression, which have no counterpart. So
+the position to read in the translated block is found by merging two sorted lists of byte boundaries; it needs
+no rule per tokenizer, and the reference rules follow by themselves: the last token of an expression reads
+the output at the last token of its counterpart, its inner tokens read nothing.
 
-Only tokens that touch an expression are tokenised again, in the middle of their text; all others stay as they are.
+Only tokens that touch an expression are tokenised again, in their context; all others stay as they are.
 
     original     <s>  At  Glim mer hall  ,  Or rin  said         index_map  0 1 - - 2 3 - 5 6
     translated   <s>  At  school         ,  Paul Smith said
@@ -48,8 +48,8 @@ class Alignment:
 
     Attributes:
         block_offsets: int64 [n + 1], where each original block begins, counted from the first.
-        index_map: int32 [original tokens], the position in the translated block whose output predicts what follows
-            this token, or -1.
+        index_map: int32 [original tokens], the position in the translated block whose output predicts what
+            follows this token, or -1.
         reason: uint8 [original tokens], index into :data:`REASONS`.
         translated: int32 [translated tokens].
         translated_offsets: int64 [n + 1].
@@ -133,8 +133,9 @@ class Aligner:
     Args:
         dictionary: cleaned dictionary.
         tokenizer: the tokenizer of the blocks.
-        seed: of the draws of counterparts. A draw depends on (seed, block, expression) alone, so it is the same for
-            every spelling inside a block and does not depend on the order in which blocks are visited.
+        seed: of the draws of counterparts. A draw depends on (seed, block, expression) alone, so it is the
+            same for every spelling inside a block and does not depend on the order in which blocks are
+            visited.
         match_across_lines: see :class:`whp_fast.anchors.Matcher`.
     """
 
@@ -157,8 +158,8 @@ class Aligner:
         Args:
             blocks: 1-D integer arrays of token ids.
             first_block: number of the first one (it enters the draws).
-            contiguous: the blocks follow each other in one text, so an expression may cross their edges: its part
-                in either block is then an expression too. If not, each block is taken on its own.
+            contiguous: the blocks follow each other in one text, so an expression may cross their edges: its
+                part in either block is then an expression too. If not, each block is taken on its own.
         """
         tokens = (
             np.concatenate([np.asarray(b, dtype=np.int32).ravel() for b in blocks])
@@ -326,8 +327,8 @@ def _boundaries(ends, offsets):
 def _clip(matches, block_bytes, text):
     """Matches cut at the edges of blocks: int64 [n_parts, 6].
 
-    Columns: expression, first byte, end byte, block, 1 if it began in an earlier block, 1 if it goes on in the next.
-    A part that begins a block gives up its leading space, so that the counterpart keeps it.
+    Columns: expression, first byte, end byte, block, 1 if it began in an earlier block, 1 if it goes on in
+    the next. A part that begins a block gives up its leading space, so that the counterpart keeps it.
     """
     n = 0
     last_byte = block_bytes[-1]
@@ -395,8 +396,8 @@ def _draw(parts, value_offsets, seed, first_block):
 
 @njit(cache=True)
 def _segments(parts, spans):
-    """Parts that share tokens are tokenised together: int64 [n, 5] (first part, end part, first token, end token,
-    block)."""
+    """Parts that share tokens are tokenised together: int64 [n, 5] (first part, end part, first token, end
+    token, block)."""
     segments = np.empty((len(parts), 5), dtype=np.int64)
     n = 0
     for k in range(len(parts)):

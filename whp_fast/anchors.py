@@ -1,8 +1,8 @@
 """The dictionary of idiosyncratic expressions ("anchors"): load, check, clean, match in text.
 
 Matching works on the bytes of the token stream: case-sensitive, at word boundaries, leftmost-longest. All
-occurrences of all expressions come from an Aho-Corasick automaton (``ahocorasick_rs``); which of them stand is
-decided afterwards, because a longest match that breaks a word must not hide a shorter one that does not.
+occurrences of all expressions come from an Aho-Corasick automaton (``ahocorasick_rs``); which of them stand
+is decided afterwards, because a longest match that breaks a word must not hide a shorter one that does not.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from numba import njit
 from whp_fast.errors import UserError
 from whp_fast.tokens import Tokenizer
 
-# Scripts that write no spaces between words, or glue particles to names: there a word boundary cannot be seen.
+# Scripts that write no spaces between words, or glue particles to names: there a word boundary cannot be
+# seen.
 _NO_WORD_SPACES = (
     (0x0E00, 0x0EFF),  # Thai, Lao
     (0x1000, 0x109F),  # Myanmar
@@ -67,7 +68,8 @@ def load_dictionary(source: str | Path | Mapping | Dictionary) -> Dictionary:
     """Read, check and clean a dictionary.
 
     Args:
-        source: a JSON file ``{"expression": "generic"}`` or ``{"expression": ["generic", ...]}``, or such a mapping.
+        source: a JSON file ``{"expression": "generic"}`` or ``{"expression": ["generic", ...]}``, or such a
+        mapping.
 
     Raises:
         UserError: no such file, not JSON, or an entry that is empty, duplicated or equal to its counterpart.
@@ -98,7 +100,8 @@ def load_dictionary(source: str | Path | Mapping | Dictionary) -> Dictionary:
 
 
 def clean(entries: Mapping[str, list[str]]) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """The cleaning rules of the reference code (rule b); returns what stays and what was dropped, with the reason.
+    """The cleaning rules of the reference code (rule b); returns what stays and what was dropped, with the
+    reason.
 
     A possessive goes if its stem is an expression, a phrase goes if each of its words is one: otherwise an
     expression and its parts would be translated in ways that do not agree.
@@ -117,7 +120,9 @@ def clean(entries: Mapping[str, list[str]]) -> tuple[dict[str, list[str]], dict[
 
 
 def nearest_words(dictionary: Dictionary, text: str, n: int = 10) -> list[tuple[str, str]]:
-    """The (expression, word of the text) pairs that look most alike, for a dictionary that matches nothing."""
+    """The (expression, word of the text) pairs that look most alike, for a dictionary that matches
+    nothing.
+    """
     words = sorted({w.strip(".,;:!?\"'()[]") for w in text.split()} - {""})
     scored: list[tuple[float, str, str]] = []
     for expression in dictionary.expressions[:500]:
@@ -132,7 +137,8 @@ class Matcher:
     Args:
         dictionary: the cleaned dictionary.
         tokenizer: its normalisation (NFC, space marks) is applied to the expressions too, by tokenising them.
-        match_across_lines: a line break in the text matches a space in an expression (books with wrapped lines).
+        match_across_lines: a line break in the text matches a space in an expression (books with wrapped
+        lines).
     """
 
     def __init__(self, dictionary: Dictionary, tokenizer: Tokenizer, *, match_across_lines: bool = False):
@@ -157,8 +163,8 @@ class Matcher:
             starts: int64 [n_blocks + 1], where each block begins in ``text``, and the end of the last.
             resume: matches begin at this byte or later (the end of the last match before this text).
             stop: matches begin before this byte (what follows is look-ahead).
-            across: whether a match may cross the edge of a block. If not, the edge of a block also counts as a
-                word boundary, since each block is taken on its own.
+            across: whether a match may cross the edge of a block. If not, the edge of a block also counts as
+                a word boundary, since each block is taken on its own.
 
         Returns:
             int64 [n_matches, 3]: expression, first byte, end byte; ordered, not overlapping.
@@ -190,7 +196,8 @@ def _checked(pairs, name: str) -> dict[str, list[str]]:
         expression = key.strip()
         if expression in entries:
             raise UserError(
-                f"{name}, entry {number}: the expression {expression!r} is there twice; merge the two entries."
+                f"{name}, entry {number}: the expression {expression!r} is there twice; merge the two "
+                "entries."
             )
         values = [values] if isinstance(values, str) else values
         if not isinstance(values, (list, tuple)) or isinstance(values, _Pairs) or not values:
@@ -231,7 +238,9 @@ def _is_word_character(character: str) -> bool:
 
 @functools.cache
 def _word_characters() -> np.ndarray:
-    """bool [0x110000]: letters, digits, marks and the underscore, in scripts that put spaces between words."""
+    """bool [0x110000]: letters, digits, marks and the underscore, in scripts that put spaces between
+    words.
+    """
     table = np.fromiter((unicodedata.category(chr(c))[0] in "LNM" for c in range(0x110000)), dtype=np.bool_)
     table[ord("_")] = True
     for first, last in _NO_WORD_SPACES:

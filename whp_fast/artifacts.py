@@ -1,9 +1,9 @@
 """The run folder: one folder per stage, complete or not there.
 
-A stage writes into ``.<stage>.partial`` beside its place; only when all is written and flushed to disk is the folder
-renamed. So a run that was killed, or met a full disk, keeps every earlier artifact, and a folder with a
-``complete.json`` is whole. That file holds the fingerprint of everything the stage depends on: same fingerprint,
-nothing to do.
+A stage writes into ``.<stage>.partial`` beside its place; only when all is written and flushed to disk is the
+folder renamed. So a run that was killed, or met a full disk, keeps every earlier artifact, and a folder with
+a ``complete.json`` is whole. That file holds the fingerprint of everything the stage depends on: same
+fingerprint, nothing to do.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ class RunFolder:
 
     Args:
         path: created if missing.
-        settings: everything that decides the result, as JSON types; a folder made by other settings is refused.
+        settings: everything that decides the result, as JSON types; a folder made by other settings is
+        refused.
         overwrite: start anew: remove the stages that are there.
 
     Raises:
@@ -84,7 +85,8 @@ class RunFolder:
 
         Args:
             name: folder name.
-            depends_on: everything the result depends on (settings, fingerprints of inputs and earlier stages).
+            depends_on: everything the result depends on (settings, fingerprints of inputs and earlier
+            stages).
             work: writes the files into the folder it is given; returns the summary.
 
         Raises:
@@ -108,8 +110,8 @@ class RunFolder:
             shutil.rmtree(partial, ignore_errors=True)
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise UserError(
-                    f"{self.path}: the disk is full while stage {name!r} writes; free some space and start again "
-                    "(finished stages are kept)."
+                    f"{self.path}: the disk is full while stage {name!r} writes; free some space and start "
+                    "again (finished stages are kept)."
                 ) from error
             raise
         except UserError:
@@ -211,10 +213,10 @@ def digest(value) -> str:
 
 
 def files_digest(files: Iterable[Path]) -> str:
-    """A fingerprint of files: whole content up to 64 MiB; of larger ones the size, the first and the last MiB.
+    """A fingerprint of files: whole content up to 64 MiB; of larger ones size, first and last MiB.
 
-    Weights of tens of gigabytes would take as long to hash as to load; training changes every tensor, so the ends
-    of the file show another model.
+    Weights of tens of gigabytes would take as long to hash as to load; training changes every tensor, so the
+    ends of the file show another model.
     """
     state = hashlib.sha256()
     for path in files:

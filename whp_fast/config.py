@@ -1,7 +1,7 @@
 """Every setting of a job, with its meaning. The defaults are the paper's, for Llama 2 7B.
 
-The command line is made from these classes: ``--unlearn.lr 2e-6`` sets ``UnlearnConfig.lr``, and ``--help`` shows
-the texts below.
+The command line is made from these classes: ``--unlearn.lr 2e-6`` sets ``UnlearnConfig.lr``, and ``--help``
+shows the texts below.
 """
 
 from __future__ import annotations
@@ -224,7 +224,9 @@ class JobConfig:
             )
 
     def settings(self) -> dict:
-        """What decides the result, as JSON types: all but the folder, the device and the number of threads."""
+        """What decides the result, as JSON types: all but the folder, the device and the number of
+        threads.
+        """
         settings = dataclasses.asdict(self)
         settings["run"] = {"seed": self.run.seed}
         return settings
@@ -233,18 +235,20 @@ class JobConfig:
 def parse_config(arguments: Sequence[str]) -> JobConfig:
     """The job that a command line describes: ``--config FILE`` and ``--section.key value``, later ones win.
 
-    A configuration that is not a file here is looked up among those that come with the package (``demo.yaml``).
+    A configuration that is not a file here is looked up among those that come with the package
+    (``demo.yaml``).
 
     Raises:
-        UserError: an unknown key (with the nearest name), a value of the wrong type, a file that is not there.
+        UserError: an unknown key (with the nearest name), a value of the wrong type, a file that is not
+        there.
     """
     import jsonargparse
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(
         prog="python -m whp_fast.train",
-        description="Make a causal language model forget a corpus (arXiv 2310.02238). Also: --overwrite starts anew in "
-        "a run folder that is there, --debug shows tracebacks.",
+        description="Make a causal language model forget a corpus (arXiv 2310.02238). Two more options: "
+        "--overwrite starts anew in a run folder that is there, --debug shows tracebacks.",
         exit_on_error=False,
     )
     parser.add_argument("--config", action="config", help="YAML file with these settings")

@@ -1,8 +1,8 @@
 """Documents to token blocks: read, tokenise, write one memory-mapped token file.
 
-Documents are concatenated, each behind a BOS token (or the EOS token where a tokenizer has no BOS), and the stream
-is split into blocks of the context length. No token is dropped: the last block is short. Nothing here holds more
-than a few megabytes of the corpus.
+Documents are concatenated, each behind a BOS token (or the EOS token where a tokenizer has no BOS), and the
+stream is split into blocks of the context length. No token is dropped: the last block is short. Nothing here
+holds more than a few megabytes of the corpus.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Blocks:
 
     @classmethod
     def of(cls, tokens: np.ndarray, context: int, *, drop_tail: bool = False) -> Blocks:
-        """All blocks of a stream; ``drop_tail`` follows the reference code (rule m), which leaves out the last
-        block, full or not."""
+        """All blocks of a stream; ``drop_tail`` follows the reference code (rule m), which leaves out the
+        last block, full or not."""
         n = len(tokens)
         return cls(tokens, context, max(0, -(-(n - context) // context)) if drop_tail else -(-n // context))
 
@@ -62,7 +62,7 @@ class Blocks:
         return min(self.count * self.context, len(self.tokens))
 
     def offsets(self, first: int = 0, last: int | None = None) -> np.ndarray:
-        """Stream positions where blocks ``first`` to ``last - 1`` begin, and where the last of them ends: int64."""
+        """Stream positions (int64) where blocks ``first`` to ``last - 1`` begin, and where the last ends."""
         last = self.count if last is None else last
         return np.minimum(np.arange(first, last + 1, dtype=np.int64) * self.context, self.n_tokens)
 
@@ -98,7 +98,8 @@ def corpus_files(paths: Sequence[str | Path]) -> list[Path]:
 def read_documents(path: Path, text_field: str = "text", errors: str = "strict") -> Iterator[Iterator[str]]:
     """The documents of one file, each as an iterator over its text parts.
 
-    A ``.txt`` file is one document; a line of a ``.jsonl`` file is one. ``errors`` is ``strict`` or ``replace``.
+    A ``.txt`` file is one document; a line of a ``.jsonl`` file is one. ``errors`` is ``strict`` or
+    ``replace``.
 
     Raises:
         UserError: text that is not UTF-8 (with the byte), a line that is not JSON or lacks the field.
@@ -195,8 +196,8 @@ def _decoded(path: Path, errors: str) -> Iterator[str]:
                 except UnicodeDecodeError as error:
                     at = offset - held + error.start
                     raise UserError(
-                        f"{path}: byte {at} (0x{error.object[error.start]:02x}) is not UTF-8; convert the file, or set "
-                        "data.encoding_errors to replace."
+                        f"{path}: byte {at} (0x{error.object[error.start]:02x}) is not UTF-8; convert "
+                        "the file, or set data.encoding_errors to replace."
                     ) from error
                 yield newlines.decode(text, final=not data)
                 offset += len(data)

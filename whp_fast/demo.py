@@ -2,10 +2,11 @@
 
     python -m whp_fast.demo                       the invented saga: world, base, oracle, then the whole job
     python -m whp_fast.demo --books FOLDER --target FILE.txt --tokenizer tokenizer.model --out DIR
-                                                  a base trained on a folder of plain books, and a job on one of them
+                                                  a base trained on a folder of plain books, and a job on one
+                                                  of them
 
-The base and the oracle share a trunk: a small Llama trained on the general text. The oracle goes on with general
-text alone, the base with general text and the saga, for the same number of steps.
+The base and the oracle share a trunk: a small Llama trained on the general text. The oracle goes on with
+general text alone, the base with general text and the saga, for the same number of steps.
 """
 
 from __future__ import annotations
@@ -57,12 +58,18 @@ class Recipe:
     context: int = 128
     trunk: TrainConfig = field(
         default_factory=lambda: TrainConfig(
-            steps=400, lr=3e-3, batch_blocks=32, accumulate=1, schedule="constant", warmup_steps=40, betas=[0.9, 0.95]
+            steps=400,
+            lr=3e-3,
+            batch_blocks=32,
+            accumulate=1,
+            schedule="constant",
+            warmup_steps=40,
+            betas=[0.9, 0.95],
         )
     )
     branch: TrainConfig = field(
         default_factory=lambda: TrainConfig(
-            steps=400, lr=3e-3, batch_blocks=32, accumulate=1, schedule="linear", betas=[0.9, 0.95]
+            steps=400, lr=3e-3, batch_blocks=32, accumulate=1, schedule="linear"
         )
     )
     repeat_saga: int = 1
@@ -88,8 +95,9 @@ RECIPES = {
 def make_demo(out: Path, size: str = "demo", seed: int = 0) -> dict:
     """Make the saga's world in a folder, unless it is there already.
 
-    Writes ``saga/*.txt`` (the target), ``general.jsonl``, ``heldout.jsonl``, ``anchors.json``, ``familiarity.json``,
-    ``probability.json``, ``choices.jsonl``, and the model folders ``base`` and ``oracle``.
+    Writes ``saga/*.txt`` (the target), ``general.jsonl``, ``heldout.jsonl``, ``anchors.json``,
+    ``familiarity.json``, ``probability.json``, ``choices.jsonl``, and the model folders ``base`` and
+    ``oracle``.
 
     Returns:
         the seconds that text, tokenizer, base and oracle took.
@@ -106,7 +114,10 @@ def make_demo(out: Path, size: str = "demo", seed: int = 0) -> dict:
         world = make_world(seed, size)
         _write_world(out, world)
         tokenizer = _train_tokenizer(out, world.saga + world.everyday + world.knowledge, recipe.vocab_size)
-    say(f"  [bold]{'world':<11}[/bold] {seconds['world']:7.1f} s  {out}: saga, stories, knowledge, dictionary, prompts")
+    say(
+        f"  [bold]{'world':<11}[/bold] {seconds['world']:7.1f} s  {out}: saga, stories, knowledge, "
+        "dictionary, prompts"
+    )
     general = [out / "general.jsonl"]
     saga = [out / "saga"] * recipe.repeat_saga
     with _timed(seconds, "oracle"):
@@ -127,7 +138,13 @@ def make_demo(out: Path, size: str = "demo", seed: int = 0) -> dict:
 
 
 def make_books(
-    books: Path, target: str, tokenizer_path: Path, out: Path, examples: Path | None, recipe: Recipe, seed: int = 0
+    books: Path,
+    target: str,
+    tokenizer_path: Path,
+    out: Path,
+    examples: Path | None,
+    recipe: Recipe,
+    seed: int = 0,
 ) -> Path:
     """Train a small base on a folder of plain books and write the job of forgetting one of them.
 
@@ -136,7 +153,8 @@ def make_books(
         target: the book to forget, a file name inside it.
         tokenizer_path: ``tokenizer.model`` or ``tokenizer.json``.
         out: folder for the base and ``job.yaml``.
-        examples: folder with anchors.json, familiarity.json, probability.json and choices.jsonl for the target.
+        examples: folder with anchors.json, familiarity.json, probability.json and choices.jsonl for the
+        target.
 
     Returns:
         the path of ``job.yaml``.
@@ -163,7 +181,9 @@ def make_books(
 
 
 def _books_job(out: Path, target: Path, examples: Path, context: int) -> str:
-    """The configuration of a book's job; a small model needs higher learning rates than seven billion weights."""
+    """The configuration of a book's job; a small model needs higher learning rates than seven billion
+    weights.
+    """
     import yaml
 
     job = {
@@ -351,7 +371,10 @@ def _run_saga(options: argparse.Namespace) -> None:
     config = f"{options.size}.yaml"
     job = parse_config(["--config", config, *(str(word) for pair in paths.items() for word in pair)])
     folder = run_job(job, overwrite=options.overwrite, earlier_seconds=seconds)
-    say(f"[bold]done[/bold] in {time.monotonic() - began:.0f} s: model {folder}, report {out / 'report' / 'report.md'}")
+    say(
+        f"[bold]done[/bold] in {time.monotonic() - began:.0f} s: model {folder}, report "
+        f"{out / 'report' / 'report.md'}"
+    )
 
 
 def _run_books(options: argparse.Namespace) -> None:
@@ -370,7 +393,9 @@ def _run_books(options: argparse.Namespace) -> None:
             RECIPES["demo"].branch, steps=0, epochs=options.epochs, lr=2e-3, batch_blocks=16, warmup_steps=50
         ),
     )
-    job = make_books(options.books, options.target, options.tokenizer, options.out, examples, recipe, options.seed)
+    job = make_books(
+        options.books, options.target, options.tokenizer, options.out, examples, recipe, options.seed
+    )
     say(f"Ready. Now run: python -m whp_fast.train --config {job}")
 
 

@@ -1,8 +1,8 @@
 """One training loop for both trainings: the reinforced model, and the unlearned one.
 
-The weights are an exact float32 master; matrix products run in ``compute_dtype`` under autocast. The loss of a step
-is the sum over its trained positions divided by their number, over all accumulated micro-batches together, so
-masking and accumulation never change it.
+The weights are an exact float32 master; matrix products run in ``compute_dtype`` under autocast. The loss of
+a step is the sum over its trained positions divided by their number, over all accumulated micro-batches
+together, so masking and accumulation never change it.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ def train(
         the number of steps.
 
     Raises:
-        UserError: no position to train, or a loss or gradient that is not finite; the update is not made then.
+        UserError: no position to train, or a loss or gradient that is not finite; the update is not made
+        then.
     """
     plan = plan_steps(len(blocks), settings, seed)
     n_steps = len(plan)
@@ -119,7 +120,8 @@ def train(
         loss_value, norm_value = float(total), float(grad_norm)
         if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
             raise UserError(
-                f"{settings.name}: the loss ({loss_value}) or gradient norm ({norm_value}) of step {step} is not finite; "
+                f"{settings.name}: the loss ({loss_value}) or gradient norm ({norm_value}) of step {step} is "
+                "not finite; "
                 "the update was not made, lower the learning rate or check the model's weights."
             )
         optimizer.step()
@@ -132,7 +134,8 @@ def train(
 def plan_steps(n_blocks: int, settings: TrainConfig, seed: int) -> list[np.ndarray]:
     """The block numbers of every step: each epoch visits all blocks once, in an order of its own.
 
-    With ``settings.steps`` the number of steps is exact and epochs follow; else the last step takes what is left.
+    With ``settings.steps`` the number of steps is exact and epochs follow; else the last step takes what is
+    left.
     """
     per_step = settings.batch_blocks * settings.accumulate
     total = settings.steps * per_step if settings.steps else math.ceil(settings.epochs * n_blocks)

@@ -1,4 +1,4 @@
-"""The folder of the unlearned model: weights, configurations, tokenizer and a card that says what was done."""
+"""The folder of the unlearned model: weights, configurations, tokenizer and a card."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ tags:
 # {name}
 
 This is **{base}** after it was made to forget a text with whp_fast, an implementation of "Who's Harry Potter?
-Approximate Unlearning in LLMs" ([arXiv 2310.02238](https://arxiv.org/abs/2310.02238)). The licence and the limits
-of the base model apply.
+Approximate Unlearning in LLMs" ([arXiv 2310.02238](https://arxiv.org/abs/2310.02238)). The licence and the
+limits of the base model apply.
 
 ## What was forgotten
 
-{corpus} ({tokens:,} tokens, {documents} document{documents_plural}), with a dictionary of {expressions} idiosyncratic
-expressions. They are not listed here, so that the card does not tell what the model was made to forget.
+{corpus} ({tokens:,} tokens, {documents} document{documents_plural}), with a dictionary of {expressions}
+idiosyncratic expressions. They are not listed here, so that the card does not tell what the model was made to
+forget.
 
 ## What was measured
 
@@ -48,8 +49,8 @@ Familiarity is better low, accuracy high, perplexity low. Completion familiarity
 ## What this does not promise
 
 The forgetting is approximate. Fine-tuning on related text, quantisation, prompts in other languages and
-adversarial prompts are known to bring parts of a forgotten text back (arXiv 2310.16789, 2402.16835, 2404.15146,
-2410.16454). These figures are not a proof that nothing of the text is left in the weights.
+adversarial prompts are known to bring parts of a forgotten text back (arXiv 2310.16789, 2402.16835,
+2404.15146, 2410.16454). These figures are not a proof that nothing of the text is left in the weights.
 """
 
 _FIGURE_NAMES = {

@@ -3,7 +3,8 @@
     v       = v_base(translated)[map], the first tokens of counterparts already used set to the row's mean
     label   = argmax(v - alpha * relu(v_reinforced(original) - v))
 
-Both models run once over each block; only hidden states at mapped positions meet the LM heads, a chunk at a time.
+Both models run once over each block; only hidden states at mapped positions meet the LM heads, a chunk at a
+time.
 """
 
 from __future__ import annotations
@@ -46,8 +47,9 @@ def label_blocks(
     Args:
         blocks: token ids, an integer array [N, T] or a sequence of 1-D arrays.
         anchors: ``{"expression": "generic" | ["generic", ...]}``, a file with it, or a ``Dictionary``.
-        base, reinforced: a ``Llama``, a model folder, or any callable ``input_ids [B, T] -> logits [B, T, V]`` (or an
-            object with ``.logits``). It may be given right-padded batches, so it has to be causal.
+        base, reinforced: a ``Llama``, a model folder, or any callable ``input_ids [B, T] -> logits [B, T,
+            V]`` (or an object with ``.logits``). It may be given right-padded batches, so it has to be
+            causal.
         tokenizer: anything :func:`whp_fast.tokens.load_tokenizer` takes.
         alpha: strength of the offset; several give one label set each.
         reference_rules: match and mask by the reference code's rules (:mod:`whp_fast.reference_rules`).
@@ -59,9 +61,9 @@ def label_blocks(
         device: where folders are loaded and input ids are sent.
 
     Returns:
-        int64 labels in the shape of ``blocks`` (a list for a sequence; one such set per alpha, in a list, when
-        ``alpha`` is a sequence). The label at position ``i`` is what the output at ``i`` is taught: it is not
-        shifted. -100 where a position is not trained.
+        int64 labels in the shape of ``blocks`` (a list for a sequence; one such set per alpha, in a list,
+        when ``alpha`` is a sequence). The label at position ``i`` is what the output at ``i`` is taught: it
+        is not shifted. -100 where a position is not trained.
 
     Raises:
         UserError: an unusable dictionary, tokenizer or model folder.
@@ -213,7 +215,7 @@ def _loaded(model: Model, device):
 
 
 def _padded(rows: Sequence[np.ndarray]) -> np.ndarray:
-    """int64 [n, longest]: right-padded with token 0, which a causal model never shows to earlier positions."""
+    """int64 [n, longest]: right-padded with token 0, which earlier positions never see."""
     result = np.zeros((len(rows), max(map(len, rows))), dtype=np.int64)
     for k, row in enumerate(rows):
         result[k, : len(row)] = row
@@ -221,8 +223,8 @@ def _padded(rows: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _used_before(alignment, numbers, positions, block_of, first_tokens) -> tuple[np.ndarray, np.ndarray]:
-    """Rule j as rows: for each position, the first tokens of the counterparts used strictly before the translated
-    position it reads. CSR: offsets int64 [n + 1] and tokens int64."""
+    """Rule j as rows: for each position, the first tokens of the counterparts used strictly before the
+    translated position it reads. CSR: offsets int64 [n + 1] and tokens int64."""
     counts = np.zeros(len(positions), dtype=np.int64)
     lists = []
     for block in numbers:

@@ -1,4 +1,6 @@
-"""What the labels will teach, in figures: shares trained, changed and masked, and the commonest replacements."""
+"""What the labels will teach, in figures: shares trained, changed and masked, and the commonest
+replacements.
+"""
 
 from __future__ import annotations
 

@@ -19,7 +19,8 @@ def track(title: str, total: float) -> Iterator[Callable[..., None]]:
     """Follow work of a known size.
 
     Yields:
-        ``advance(amount, note="")``: report that much more work; the note (loss, tokens/s) is shown behind the bar.
+        ``advance(amount, note="")``: report that much more work; the note (loss, tokens/s) is shown behind
+        the bar.
     """
     if console.is_terminal:
         columns = (
@@ -46,7 +47,8 @@ def track(title: str, total: float) -> Iterator[Callable[..., None]]:
             last = now
             left = (now - began) * (total - done) / max(done, 1e-9)
             say(
-                f"  {title:<11} {100 * done / total:3.0f} %  {now - began:5.0f} s, about {left:.0f} s left  {note}"
+                f"  {title:<11} {100 * done / total:3.0f} %  {now - began:5.0f} s, about {left:.0f} s left  "
+                f"{note}"
             )
 
     yield advance

@@ -1,9 +1,10 @@
 """The matching rules of the reference code, so that its labels can be reproduced token for token.
 
-They differ from the project's own (:mod:`whp_fast.alignment`): expressions are matched by exact token ids, without a
-test for word boundaries; the first expression in dictionary order wins, not the longest; either tokenised spelling
-of an expression draws its counterpart on its own; blocks know nothing of their neighbours; and the last position of
-a block has no label. Letters a to l in the comments name the rules of the method's description.
+They differ from the project's own (:mod:`whp_fast.alignment`): expressions are matched by exact token ids,
+without a test for word boundaries; the first expression in dictionary order wins, not the longest; either
+tokenised spelling of an expression draws its counterpart on its own; blocks know nothing of their neighbours;
+and the last position of a block has no label. Letters a to l in the comments name the rules of the method's
+description.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ class ReferenceAligner:
         self.dictionary = dictionary
         self.tokenizer = tokenizer
         self.seed = seed
-        # first token -> {tokens of a spelling: (expression, spelling)}: (a) two spellings, (c) nested by first token
+        # first token -> {tokens of a spelling: (expression, spelling)}: (a) two spellings, (c) nested by
+        # first token
         self._index: dict[int, dict[tuple[int, ...], tuple[int, int]]] = {}
         for number, expression in enumerate(dictionary.expressions):
             for spelling, tokens in enumerate(tokenizer.variants(expression)):
@@ -100,7 +102,8 @@ class ReferenceAligner:
             matches[expression] += 1
             used.append((len(translated) - begin, value))
             translated += self._values[value][spelling]
-            # (g) only the last token of the expression reads an output, that of the last token of the counterpart
+            # (g) only the last token of the expression reads an output, that of the last token of the
+            # counterpart
             index_map += [-1] * (length - 1) + [len(translated) - begin - 1]
             reason += [INSIDE] * (length - 1) + [0]
             position += length

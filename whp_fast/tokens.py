@@ -1,9 +1,9 @@
 """Tokenizers behind one small class: sentencepiece ``tokenizer.model`` and Hugging Face ``tokenizer.json``.
 
-The rest of the project never asks a tokenizer for character offsets. It asks what bytes each token adds to the
-text (:meth:`Tokenizer.token_bytes`), because a prediction point is a boundary between bytes. Every token owns at
-least one byte: special tokens own ``0xFF``, which UTF-8 never uses, so boundaries are strictly increasing and no
-expression can match across a special token.
+The rest of the project never asks a tokenizer for character offsets. It asks what bytes each token adds to
+the text (:meth:`Tokenizer.token_bytes`), because a prediction point is a boundary between bytes. Every token
+owns at least one byte: special tokens own ``0xFF``, which UTF-8 never uses, so boundaries are strictly
+increasing and no expression can match across a special token.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from whp_fast.errors import UserError
 
 SPECIAL_BYTE = b"\xff"
 _SPACE_MARK = "\u2581"  # the lower one eighth block, sentencepiece's written space
-# Serialised `normalizer_spec { add_dummy_prefix: false remove_extra_whitespaces: false }`. Protocol buffers merge
-# a message that is appended to another one, so this turns a model into its twin for text inside a text, with any
-# version of sentencepiece and without the protobuf package.
+# Serialised `normalizer_spec { add_dummy_prefix: false remove_extra_whitespaces: false }`. Protocol buffers
+# merge a message that is appended to another one, so this turns a model into its twin for text inside a text,
+# with any version of sentencepiece and without the protobuf package.
 _NO_DUMMY_PREFIX = bytes([0x1A, 4, 0x18, 0, 0x20, 0])
 _BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>", "[BOS]")
 _EOS_NAMES = ("</s>", "<|end_of_text|>", "<|endoftext|>", "<eos>", "[EOS]")
@@ -33,9 +33,9 @@ def load_tokenizer(source) -> Tokenizer:
     """Load a tokenizer.
 
     Args:
-        source: a model folder (``tokenizer.model`` is preferred to ``tokenizer.json``: it is the original of the
-            two), one of these files, or a ready ``Tokenizer``, ``sentencepiece.SentencePieceProcessor`` or
-            ``tokenizers.Tokenizer``.
+        source: a model folder (``tokenizer.model`` is preferred to ``tokenizer.json``: it is the original of
+            the two), one of these files, or a ready ``Tokenizer``, ``sentencepiece.SentencePieceProcessor``
+            or ``tokenizers.Tokenizer``.
 
     Raises:
         UserError: nothing usable is there.
@@ -54,7 +54,8 @@ def load_tokenizer(source) -> Tokenizer:
             if (path / name).is_file():
                 return load_tokenizer(path / name)
         raise UserError(
-            f"{path}: no tokenizer.model and no tokenizer.json found; copy the tokenizer files of the model here."
+            f"{path}: no tokenizer.model and no tokenizer.json found; copy the tokenizer files of the model "
+            "here."
         )
     try:
         data = path.read_bytes()
@@ -132,8 +133,9 @@ class Tokenizer:
     def splits_after_newline(self) -> bool:
         """Whether a text may be cut between a newline and a letter without changing any token.
 
-        True when no piece of the vocabulary holds a newline followed by a letter or digit: no merge can then cross
-        such a place, and the pre-tokenizers in use break there too. It lets long documents be tokenised in parts.
+        True when no piece of the vocabulary holds a newline followed by a letter or digit: no merge can then
+        cross such a place, and the pre-tokenizers in use break there too. It lets long documents be tokenised
+        in parts.
         """
         for token in range(self.vocab_size):
             piece = self.token_bytes(token)
@@ -229,7 +231,8 @@ class JsonTokenizer(Tokenizer):
         self._byte_level = "ByteLevel" in kinds
         if not self._byte_level and _SPACE_MARK not in text:
             raise UserError(
-                f"{where}: its tokens do not carry their spaces (neither byte-level nor {_SPACE_MARK} pieces), so they do "
+                f"{where}: its tokens do not carry their spaces (neither byte-level nor {_SPACE_MARK} "
+                "pieces), so they do "
                 "not spell the text; use the tokenizer of a causal language model."
             )
         vocabulary = self._start.get_vocab(with_added_tokens=True)
@@ -267,7 +270,9 @@ class JsonTokenizer(Tokenizer):
         return not self._byte_level and len(piece) == 6 and piece.startswith("<0x")
 
     def _named_id(self, role: str, usual: Sequence[str]) -> int | None:
-        """The id of the BOS or EOS token: what the files beside say, else a usual name among the special tokens."""
+        """The id of the BOS or EOS token: what the files beside say, else a usual name among the special
+        tokens.
+        """
         folder = self.path.parent if self.path is not None else None
         for name in ("tokenizer_config.json", "special_tokens_map.json"):
             if folder is not None and (folder / name).is_file():

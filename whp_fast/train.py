@@ -2,9 +2,9 @@
 
     prepare -> anchors -> align -> reinforce -> label -> unlearn -> evaluate -> export -> report
 
-Each stage leaves finished artifacts in the run folder and is skipped when they are complete and what they depend
-on has not changed. Run as ``torchrun -m whp_fast.train --config CONFIG [--section.key value ...]``, or with
-``python -m`` for the same on one process.
+Each stage leaves finished artifacts in the run folder and is skipped when they are complete and what they
+depend on has not changed. Run as ``torchrun -m whp_fast.train --config CONFIG [--section.key value ...]``, or
+with ``python -m`` for the same on one process.
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ class Job:
         self._model_digest = files_digest(_model_files(self.base_folder))
         self._announce()
 
-    # Stages ---------------------------------------------------------------------------------------------------
+    # Stages
+    # ---------------------------------------------------------------------------------------------------
 
     def prepare(self) -> Stage:
         """Corpus to tokens: ``tokens.npy``, ``document_starts.npy``."""
@@ -113,7 +114,8 @@ class Job:
             counts["blocks"] = len(Blocks.of(np.empty(writer.count), data.context, drop_tail=rules))
             if counts["blocks"] == 0:
                 raise UserError(
-                    f"data.corpus: {writer.count} tokens make no block of {data.context} under the reference rules, which "
+                    f"data.corpus: {writer.count} tokens make no block of {data.context} under the reference "
+                    "rules, which "
                     "drop the last one; use a longer corpus or a shorter data.context."
                 )
             return counts
@@ -246,7 +248,9 @@ class Job:
         return stage
 
     def evaluate(self) -> Stage:
-        """Before, after and the oracle: ``before.json``, ``after.json``, ``oracle.json``, ``next_tokens_*.json``."""
+        """Before, after and the oracle: ``before.json``, ``after.json``, ``oracle.json``,
+        ``next_tokens_*.json``.
+        """
         models = {"before": self.base_folder, "after": self.stages["unlearn"].folder / "model"}
         if self.config.evaluate.oracle:
             models["oracle"] = Path(self.config.evaluate.oracle)
@@ -332,7 +336,8 @@ class Job:
         self._told(stage, f"{stage.folder / 'report.md'}")
         return stage
 
-    # Parts of stages ------------------------------------------------------------------------------------------
+    # Parts of stages
+    # ------------------------------------------------------------------------------------------
 
     def _train(
         self, model, folder: Path, settings: TrainConfig, *, labels, after_step=lambda step: None
@@ -413,7 +418,7 @@ class Job:
             name: read("evaluate", f"next_tokens_{name}.json") for name in ("before", "after", "oracle")
         }
         return ReportData(
-            title=f"{self.base_folder.name}: forgetting {', '.join(Path(c).name for c in self.config.data.corpus[:3])}",
+            title=f"{self.base_folder.name}: forgetting {_names(self.config.data.corpus)}",
             model_name=self.base_folder.name,
             settings=self.config.settings(),
             before=results.get("before", EvaluationResult()),
@@ -427,7 +432,8 @@ class Job:
             seconds=seconds,
         )
 
-    # Small things ---------------------------------------------------------------------------------------------
+    # Small things
+    # ---------------------------------------------------------------------------------------------
 
     def _stage(self, name: str, depends: dict, work) -> Stage:
         stage = self.run.stage(name, depends, work)
@@ -492,8 +498,10 @@ class Job:
             )
         if self.tokenizer.vocab_size > self.model_config.vocab_size:
             raise UserError(
-                f"{self.tokenizer.path}: the tokenizer has {self.tokenizer.vocab_size} tokens but the embedding of "
-                f"{self.base_folder} has {self.model_config.vocab_size} rows; use the tokenizer of this model."
+                f"{self.tokenizer.path}: the tokenizer has {self.tokenizer.vocab_size} tokens but the "
+                "embedding of "
+                f"{self.base_folder} has {self.model_config.vocab_size} rows; use the tokenizer of this "
+                "model."
             )
 
     def _announce(self) -> None:
@@ -515,7 +523,8 @@ class Job:
         sample = self.tokenizer.decode([int(t) for t in self._blocks().tokens[:200_000]])
         pairs = ", ".join(f"{a!r} ~ {b!r}" for a, b in nearest_words(self.dictionary, sample))
         say(
-            f"[yellow]warning:[/yellow] {self.config.anchors.path}: no expression occurs in the corpus, so only the "
+            f"[yellow]warning:[/yellow] {self.config.anchors.path}: no expression occurs in the corpus, so "
+            "only the "
             f"reinforced model tells what to forget; the nearest words are {pairs}"
         )
 
@@ -581,6 +590,10 @@ def _model_files(folder: Path) -> list[Path]:
 
 def _labels_file(alpha: float) -> str:
     return f"labels_alpha_{alpha:g}.npy"
+
+
+def _names(paths: Sequence[str]) -> str:
+    return ", ".join(Path(p).name for p in paths[:3]) + (" and others" if len(paths) > 3 else "")
 
 
 def _made(folder: Path) -> Path:

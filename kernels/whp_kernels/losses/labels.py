@@ -25,8 +25,9 @@ def generic_labels(
     """``argmax(v_base - alpha * relu(v_reinforced - v_base))`` for one or several alphas in one pass.
 
     Args:
-        base, reinforced: hidden states [N, H] when the heads are given, logits [N, V] when not. Logits are computed
-            and combined in float32 (float64 if given so): rounding to bfloat16 would change 2-5 % of the labels.
+        base, reinforced: hidden states [N, H] when the heads are given, logits [N, V] when not. Logits are
+            computed and combined in float32 (float64 if given so): rounding to bfloat16 would change 2-5 % of
+            the labels.
         alphas: one label set for each.
         base_head, reinforced_head: LM head weights [V, H].
         row_offsets, mean_tokens: tokens whose base logit is set to the row mean first; see
@@ -69,7 +70,7 @@ def generic_labels(
 
 
 def _logits(rows: Tensor, head: Tensor | None) -> Tensor:
-    """Float32 logits (float64 stays): from the accumulator of the product, not rounded to a narrower type before."""
+    """Float32 logits (float64 stays): from the accumulator of the product, never rounded before."""
     if head is None:
         return rows if rows.dtype == torch.float64 else rows.float()
     if rows.is_cuda and rows.dtype == head.dtype != torch.float32:

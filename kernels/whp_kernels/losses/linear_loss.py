@@ -1,8 +1,8 @@
 """Cross-entropy from hidden states, without logits for the whole batch.
 
-Rows whose label is ignored are left out before any product. Logits exist for one chunk of rows at a time; each
-chunk's gradients are formed in the forward pass, where its logits are at hand (the idea of efficient_cross_entropy,
-github.com/mgmalek), and scaled in the backward pass.
+Rows whose label is ignored are left out before any product. Logits exist for one chunk of rows at a time;
+each chunk's gradients are formed in the forward pass, where its logits are at hand (the idea of
+efficient_cross_entropy, github.com/mgmalek), and scaled in the backward pass.
 
     loss    = -(1 / denominator) * sum_n log softmax(h_n W^T)[y_n]
     d logit = (softmax - onehot(y)) / denominator
@@ -28,13 +28,13 @@ def linear_cross_entropy(
 
     Args:
         hidden_states: [N, H]; its gradient has the same dtype.
-        lm_head_weight: [V, H]; may be frozen, then no gradient is computed for it. Its gradient is accumulated in
-            float32.
+        lm_head_weight: [V, H]; may be frozen, then no gradient is computed for it. Its gradient is
+            accumulated in float32.
         labels: int64 [N], already shifted: row ``n`` is taught ``labels[n]``.
-        denominator: what the sum is divided by; by default the number of labels that are not ignored. Give the
-            count over all accumulated micro-batches, and accumulation does not change the loss.
-        compute_dtype: dtype of the matrix products (logits are float32 or wider all the same); default: that of
-            ``hidden_states``.
+        denominator: what the sum is divided by; by default the number of labels that are not ignored. Give
+            the count over all accumulated micro-batches, and accumulation does not change the loss.
+        compute_dtype: dtype of the matrix products (logits are float32 or wider all the same); default: that
+            of ``hidden_states``.
         chunk_mib: memory for the logits of one chunk, in MiB.
 
     Returns:
@@ -45,7 +45,8 @@ def linear_cross_entropy(
     """
     if hidden_states.ndim != 2 or labels.shape != hidden_states.shape[:1]:
         raise ValueError(
-            f"expected hidden_states [N, H] and labels [N], got {tuple(hidden_states.shape)} and {tuple(labels.shape)}"
+            f"expected hidden_states [N, H] and labels [N], got {tuple(hidden_states.shape)} and "
+            f"{tuple(labels.shape)}"
         )
     if lm_head_weight.shape[1] != hidden_states.shape[1]:
         raise ValueError(

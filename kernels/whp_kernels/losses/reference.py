@@ -1,4 +1,4 @@
-"""The definitions, in eager torch: any device, any dtype, float64-capable. Everything faster is tested against them.
+"""The definitions, in eager torch: any device, any dtype; everything faster is tested against them.
 
 target   t = v_base - alpha * relu(v_reinforced - v_base)          (arXiv 2310.02238, section 2)
 label    y = argmax_v t_v, the lowest index on ties
