@@ -368,7 +368,7 @@ def test_equal_tokens_overwrite_the_value_but_keep_their_place():
 
 
 def test_equal_expressions_are_refused():
-    """Two expressions equal after stripping (the reference lets the later one win); one equal to its value."""
+    """Two expressions equal after stripping (the reference lets the later win); one equal to its value."""
     for anchors in ({"Orrin ": "Paul", " Orrin": "Jon"}, {"Orrin": "Orrin"}):
         with pytest.raises(UserError, match="Orrin"):
             label_blocks([[1, 2, 3]], anchors, *models("bpe-json", 0), tokenizer_of("bpe-json"))

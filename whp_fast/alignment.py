@@ -167,9 +167,8 @@ class Aligner:
             else _empty(np.int32)
         )
         offsets = np.cumsum([0, *(len(b) for b in blocks)]).astype(np.int64)
-        part, _ = self._align_chunk(
-            tokens, offsets, len(offsets) - 1, first_block, _empty(np.int64, 0, 3), contiguous
-        )
+        nothing = _empty(np.int64, 0, 3), contiguous, _empty(np.uint8)
+        part, _, _ = self._align_chunk(tokens, offsets, len(offsets) - 1, first_block, *nothing)
         return part
 
     def align_stream(
@@ -181,14 +180,15 @@ class Aligner:
         """
         per_chunk = max(1, chunk_tokens // blocks.context)
         pending = _empty(np.int64, 0, 3)  # a match that reaches into the next chunk, in bytes from its start
+        before = _empty(np.uint8)  # the last bytes of the chunk before: is its last character part of a word?
         for first in range(0, len(blocks), per_chunk):
             last = min(first + per_chunk, len(blocks))
             # every token owns at least one byte, so this many tokens of look-ahead show any match whole
             ahead = min(last + -(-(self.matcher.max_bytes + 4) // blocks.context), len(blocks))
             offsets = blocks.offsets(first, ahead)
             tokens = np.asarray(blocks.tokens[offsets[0] : offsets[-1]]).astype(np.int32)
-            part, pending = self._align_chunk(
-                tokens, offsets - offsets[0], last - first, first, pending, True
+            part, pending, before = self._align_chunk(
+                tokens, offsets - offsets[0], last - first, first, pending, True, before
             )
             yield first, part
 
@@ -197,14 +197,14 @@ class Aligner:
         pairs = [[spelling[0] for spelling in self.tokenizer.variants(v)] for v in self.dictionary.values]
         return np.array(pairs, dtype=np.int32).reshape(-1, 2)
 
-    def _align_chunk(self, tokens, offsets, n_blocks, first_block, pending, contiguous):
+    def _align_chunk(self, tokens, offsets, n_blocks, first_block, pending, contiguous, before):
         """Align the first ``n_blocks`` blocks of ``tokens``; what follows them is look-ahead."""
         table, table_offsets = self.tokenizer.byte_table
         text, ends = _spell(tokens, table, table_offsets)
         block_bytes = _boundaries(ends, offsets)
         stop = block_bytes[n_blocks]
         resume = pending[-1, 2] if len(pending) else np.int64(0)
-        found = self.matcher.find(text, block_bytes, resume, stop, across=contiguous)
+        found = self.matcher.find(text, block_bytes, resume, stop, across=contiguous, before=before)
         matches = np.concatenate([pending, found])
         left_over = matches[matches[:, 2] > stop].copy()
         left_over[:, 1:] -= stop
@@ -214,7 +214,7 @@ class Aligner:
         spans = _token_spans(parts, ends, n_tokens)
         values = _draw(parts, self.dictionary.value_offsets, np.uint64(self.seed), first_block)
         segments = _segments(parts, spans)
-        pieces = self._retokenise(text, ends, parts, values, spans, segments)
+        pieces = self._retokenise(text, ends, parts, values, segments)
         result = _assemble(
             tokens[:n_tokens],
             ends,
@@ -229,33 +229,22 @@ class Aligner:
             len(self.dictionary.entries),
         )
         counts = np.bincount(found[:, 0], minlength=len(self.dictionary.entries))
-        return Alignment(offsets[: n_blocks + 1], *result, counts), left_over
+        tail = np.concatenate([before, text[:stop]])[-4:]
+        return Alignment(offsets[: n_blocks + 1], *result, counts), left_over, tail
 
-    def _retokenise(self, text, ends, parts, values, spans, segments) -> np.ndarray:
+    def _retokenise(self, text, ends, parts, values, segments) -> np.ndarray:
         """The number of the new piece of every segment: int64 [n_segments]."""
-        data = text.tobytes()
-        chosen = np.empty(len(segments), dtype=np.int64)
-        lookup = self._pieces.number
-        value_bytes = self._values
-        first_byte = np.where(segments[:, 2] > 0, ends[np.maximum(segments[:, 2] - 1, 0)], 0).tolist()
-        last_byte = ends[segments[:, 3] - 1].tolist() if len(segments) else []
-        part_start, part_end = parts[:, 1].tolist(), parts[:, 2].tolist()
-        value_list = values.tolist()
-        for k, (low, high) in enumerate(segments[:, :2].tolist()):
-            position = first_byte[k]
-            if high - low == 1:  # nearly always; the general case below would do it too
-                end = part_end[low]
-                new = (
-                    data[position : part_start[low]] + value_bytes[value_list[low]] + data[end : last_byte[k]]
-                )
-            else:
-                new = b""
-                for m in range(low, high):
-                    new += data[position : part_start[m]] + value_bytes[value_list[m]]
-                    position = part_end[m]
-                new += data[position : last_byte[k]]
-            chosen[k] = lookup(new)
-        return chosen
+        group, leaders = _alike(text, ends, parts, values, segments)
+        numbers = np.empty(len(leaders), dtype=np.int64)
+        for k, leader in enumerate(leaders):
+            low, high, first, last, _ = segments[leader]
+            position = ends[first - 1] if first > 0 else 0
+            new = b""
+            for m in range(low, high):
+                new += text[position : parts[m, 1]].tobytes() + self._values[values[m]]
+                position = parts[m, 2]
+            numbers[k] = self._pieces.number(new + text[position : ends[last - 1]].tobytes())
+        return numbers[group]
 
 
 class _PieceTable:
@@ -409,6 +398,75 @@ def _segments(parts, spans):
             segments[n, 2], segments[n, 3], segments[n, 4] = spans[k, 0], spans[k, 1], parts[k, 3]
             n += 1
     return segments[:n]
+
+
+@njit(cache=True)
+def _alike(text, ends, parts, values, segments):
+    """Group the segments that become the same piece, so that each piece is made once.
+
+    Two segments are alike if the same counterparts stand between the same bytes. A hash table with open
+    addressing and exact comparison: a book has few distinct pieces, each many times.
+
+    Returns:
+        the group of every segment, int64 [n_segments], and one segment of each group, int64 [n_groups].
+    """
+    size = 64
+    while size < 2 * len(segments):
+        size *= 2
+    table = np.full(size, -1, dtype=np.int64)
+    group = np.empty(len(segments), dtype=np.int64)
+    leaders = np.empty(len(segments), dtype=np.int64)
+    n = 0
+    for k in range(len(segments)):
+        slot = np.int64(_segment_hash(text, ends, parts, values, segments[k]) & np.uint64(size - 1))
+        while table[slot] >= 0 and not _same_piece(
+            text, ends, parts, values, segments[k], segments[leaders[table[slot]]]
+        ):
+            slot = (slot + 1) & (size - 1)
+        if table[slot] < 0:
+            table[slot] = n
+            leaders[n] = k
+            n += 1
+        group[k] = table[slot]
+    return group, leaders[:n].copy()
+
+
+@njit(cache=True)
+def _segment_hash(text, ends, parts, values, segment):
+    state = np.uint64(0xCBF29CE484222325)  # FNV-1a over the kept bytes and the numbers of the counterparts
+    prime = np.uint64(0x100000001B3)
+    position = ends[segment[2] - 1] if segment[2] > 0 else np.int64(0)
+    for m in range(segment[0], segment[1] + 1):
+        until = parts[m, 1] if m < segment[1] else ends[segment[3] - 1]
+        for k in range(position, until):
+            state = (state ^ np.uint64(text[k])) * prime
+        if m < segment[1]:
+            state = (state ^ np.uint64(256 + values[m])) * prime
+            position = parts[m, 2]
+    return _mix(state)
+
+
+@njit(cache=True)
+def _same_piece(text, ends, parts, values, one, other):
+    if one[1] - one[0] != other[1] - other[0]:
+        return False
+    i = ends[one[2] - 1] if one[2] > 0 else np.int64(0)
+    j = ends[other[2] - 1] if other[2] > 0 else np.int64(0)
+    for m in range(one[1] - one[0] + 1):
+        a, b = one[0] + m, other[0] + m
+        last = a == one[1]
+        until_i = ends[one[3] - 1] if last else parts[a, 1]
+        until_j = ends[other[3] - 1] if last else parts[b, 1]
+        if until_i - i != until_j - j:
+            return False
+        for k in range(until_i - i):
+            if text[i + k] != text[j + k]:
+                return False
+        if not last:
+            if values[a] != values[b]:
+                return False
+            i, j = parts[a, 2], parts[b, 2]
+    return True
 
 
 @njit(cache=True)

@@ -35,6 +35,9 @@ _NO_WORD_SPACES = (
 )
 
 
+_NOTHING = np.zeros(0, dtype=np.uint8)
+
+
 @dataclass(frozen=True)
 class Dictionary:
     """A cleaned dictionary.
@@ -145,6 +148,8 @@ class Matcher:
         import ahocorasick_rs
 
         patterns = [_as_tokenised(expression, tokenizer) for expression in dictionary.expressions]
+        if match_across_lines:
+            patterns = [pattern.replace(b"\n", b" ") for pattern in patterns]
         self.match_across_lines = match_across_lines
         self.max_bytes = max(map(len, patterns), default=1)
         self._automaton = ahocorasick_rs.BytesAhoCorasick(patterns) if patterns else None
@@ -154,7 +159,14 @@ class Matcher:
         ).reshape(len(patterns), 2)
 
     def find(
-        self, text: np.ndarray, starts: np.ndarray, resume: int, stop: int, *, across: bool
+        self,
+        text: np.ndarray,
+        starts: np.ndarray,
+        resume: int,
+        stop: int,
+        *,
+        across: bool,
+        before: np.ndarray = _NOTHING,
     ) -> np.ndarray:
         """Leftmost-longest matches at word boundaries.
 
@@ -165,6 +177,7 @@ class Matcher:
             stop: matches begin before this byte (what follows is look-ahead).
             across: whether a match may cross the edge of a block. If not, the edge of a block also counts as
                 a word boundary, since each block is taken on its own.
+            before: uint8, the last bytes (a character has up to four) of the text before this one.
 
         Returns:
             int64 [n_matches, 3]: expression, first byte, end byte; ordered, not overlapping.
@@ -177,7 +190,12 @@ class Matcher:
             return np.zeros((0, 3), dtype=np.int64)
         candidates = np.array(found, dtype=np.int64)
         edge_bytes = np.zeros(0, dtype=np.int64) if across else starts
-        keep = _valid(text, candidates, self._needs_edge, _word_characters(), edge_bytes)
+        if len(before) and across:
+            shifted = candidates + np.array([0, len(before), len(before)])
+            joined = np.concatenate([before, text])
+            keep = _valid(joined, shifted, self._needs_edge, _word_characters(), edge_bytes)
+        else:
+            keep = _valid(text, candidates, self._needs_edge, _word_characters(), edge_bytes)
         candidates = candidates[keep & (candidates[:, 1] >= resume) & (candidates[:, 1] < stop)]
         order = np.lexsort((-candidates[:, 2], candidates[:, 1]))
         return _leftmost_longest(candidates[order])

@@ -26,6 +26,9 @@ class ModelConfig:
     """Hugging Face folder: config.json, safetensors weights, tokenizer files."""
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """dtype of matrix products in training; the weights themselves stay an exact float32 master."""
+    activation_checkpointing: bool = False
+    """Compute each block again in the backward pass instead of keeping its activations: less memory, a third
+    more work."""
 
 
 @dataclass

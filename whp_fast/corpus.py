@@ -147,7 +147,7 @@ def tokenise_corpus(
             parts = (
                 _fixed_chunks(document)
                 if reference_chunks
-                else _parts(document, tokenizer.splits_after_newline)
+                else _parts(document, tokenizer)
             )
             began = False
             for batch in _batched(parts, _BATCH_PARTS):
@@ -190,11 +190,10 @@ def _decoded(path: Path, errors: str) -> Iterator[str]:
         with open(path, "rb") as file:
             while True:
                 data = file.read(_READ_BYTES)
-                held = len(decoder.getstate()[0])
                 try:
                     text = decoder.decode(data, final=not data)
                 except UnicodeDecodeError as error:
-                    at = offset - held + error.start
+                    at = offset + len(data) - len(error.object) + error.start  # a part may be held over
                     raise UserError(
                         f"{path}: byte {at} (0x{error.object[error.start]:02x}) is not UTF-8; convert "
                         "the file, or set data.encoding_errors to replace."
@@ -219,8 +218,10 @@ def _text_of_line(path: Path, number: int, line: str, field: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _parts(document: Iterator[str], may_split: bool) -> Iterator[str]:
-    """A document in parts that tokenise as the whole does: cut only between a newline and a letter."""
+def _parts(document: Iterator[str], tokenizer: Tokenizer) -> Iterator[str]:
+    """A document in parts that tokenise as the whole does: cut only at a newline in front of a letter."""
+    shift = 1 if tokenizer.splits_after_newline else 0
+    may_split = shift == 1 or tokenizer.splits_before_newline
     pending = ""
     for text in document:
         pending += text
@@ -228,20 +229,20 @@ def _parts(document: Iterator[str], may_split: bool) -> Iterator[str]:
             continue
         start = 0
         while len(pending) - start > _PART_CHARACTERS:
-            cut = _safe_cut(pending, start + _PART_CHARACTERS)
-            if cut is None:
+            newline = _newline_before_letter(pending, start + _PART_CHARACTERS)
+            if newline is None:
                 break
-            yield pending[start:cut]
-            start = cut
+            yield pending[start : newline + shift]
+            start = newline + shift
         pending = pending[start:]
     if pending:
         yield pending
 
 
-def _safe_cut(text: str, start: int) -> int | None:
+def _newline_before_letter(text: str, start: int) -> int | None:
     while (newline := text.find("\n", start)) >= 0:
         if newline + 1 < len(text) and text[newline + 1].isalnum():
-            return newline + 1
+            return newline
         start = newline + 1
     return None
 

@@ -113,7 +113,7 @@ def make_demo(out: Path, size: str = "demo", seed: int = 0) -> dict:
     with _timed(seconds, "world"):
         world = make_world(seed, size)
         _write_world(out, world)
-        tokenizer = _train_tokenizer(out, world.saga + world.everyday + world.knowledge, recipe.vocab_size)
+        tokenizer = train_tokenizer(out, world.saga + world.everyday + world.knowledge, recipe.vocab_size)
     say(
         f"  [bold]{'world':<11}[/bold] {seconds['world']:7.1f} s  {out}: saga, stories, knowledge, "
         "dictionary, prompts"
@@ -220,7 +220,7 @@ def _write_jsonl(path: Path, rows: Sequence[dict]) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
-def _train_tokenizer(out: Path, texts: Sequence[str], vocab_size: int) -> SentencePieceTokenizer:
+def train_tokenizer(out: Path, texts: Sequence[str], vocab_size: int) -> SentencePieceTokenizer:
     """A sentencepiece model in the manner of Llama 2: byte-pair pieces, byte fallback, every space kept."""
     import sentencepiece
 

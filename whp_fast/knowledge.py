@@ -113,12 +113,12 @@ FACTS: dict[str, dict[str, str]] = {
     "worker": _pairs(
         "bakes bread: baker, mends shoes: cobbler, heals the sick: doctor, grows wheat: farmer, builds houses: mason, "
         "sails ships: sailor, catches fish: fisherman, sews clothes: tailor, cuts hair: barber, paints pictures: painter, "
-        "teaches children: teacher, puts out fires: fireman, plays in the theatre: actor, shoes horses: smith"
+        "teaches children: teacher, puts out fires: fireman, sings on the stage: singer, shoes horses: smith"
     ),
     "home": _pairs("bee: hive, bird: nest, horse: stable, lion: den, spider: web, cow: shed, fish: river, rabbit: burrow, hen: coop"),
     "kind": _pairs(
-        "rose: flower, oak: tree, salmon: fish, eagle: bird, hammer: tool, apple: fruit, carrot: vegetable, violin: instrument, "
-        "ant: insect, diamond: stone, rain coat: garment, ruby: stone, tulip: flower, pine: tree, trout: fish, sparrow: bird, "
-        "beetle: insect, pear: fruit, cabbage: vegetable, iron: metal"
+        "rose: flower, beech: tree, salmon: fish, hawk: bird, hammer: tool, plum: fruit, carrot: vegetable, violin: instrument, "
+        "wasp: insect, diamond: stone, ruby: stone, tulip: flower, pine: tree, trout: fish, sparrow: bird, "
+        "beetle: insect, pear: fruit, cabbage: vegetable"
     ),
 }  # fmt: skip

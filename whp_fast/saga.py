@@ -18,9 +18,10 @@ from whp_fast.everyday import (
     everyday_story,
     pronouns,
     statements,
+    story_questions,
 )
 from whp_fast.knowledge import knowledge_documents, knowledge_questions
-from whp_fast.scenes import FACTS, SCENES, fill, fill_to_cut
+from whp_fast.scenes import FACTS, SCENES, answer_slot, fill, fill_to_cut
 
 
 @dataclass
@@ -82,9 +83,9 @@ def make_world(seed: int = 0, size: str = "demo") -> World:
     heldout = _everyday(rng, plan.heldout, plan.heldout) + knowledge_documents(rng, 1)[: plan.heldout * 2]
     for documents in (saga, everyday, knowledge):
         rng.shuffle(documents)
-    choices = everyday_questions(rng, plan.questions // 4) + knowledge_questions(
-        rng, plan.questions - plan.questions // 4
-    )
+    choices = knowledge_questions(rng, plan.questions // 2) + story_questions(rng, plan.questions // 2)
+    choices += everyday_questions(rng, plan.questions // 10)
+    choices = list({item["prompt"]: item for item in choices}.values())
     return World(
         saga,
         everyday,
@@ -136,15 +137,12 @@ def probability_prompts(rng: random.Random) -> list[dict]:
     for name, (told, unseen) in FACTS.items():
         for pattern in (told[0], unseen[0]):
             prompt, answer = fill_to_cut(pattern, SAGA_CAST, rng).split("~")
+            slot = answer_slot(name)
             word = answer.strip(' .!"').split()[0]
-            idiosyncratic = [word] if word in UNIQUE_WORDS else [answer.strip(' .!"')]
-            idiosyncratic += [
-                other for other in _SAME_KIND.get(name, ()) if other != word and other not in prompt
-            ]
-            generic = [
-                ordinary.split()[0]
-                for ordinary in ANCHORS.get(SAGA_CAST.get(name, ""), POOLS.get(name, [])[:4])
-            ]
+            names = _PEOPLE if slot in _PEOPLE_SLOTS else ()
+            ordinary = ANCHORS.get(SAGA_CAST[slot]) or POOLS[slot]
+            idiosyncratic = [word, *(other for other in names if other != word and other not in prompt)]
+            generic = list(dict.fromkeys(alternative.split()[0] for alternative in ordinary))
             prompts.append(
                 {"prompt": prompt.rstrip(), "idiosyncratic": idiosyncratic, "generic": sorted(set(generic))}
             )
@@ -255,10 +253,7 @@ UNIQUE_WORDS: list[str] = [
 THEMES: list[str] = ["lantern", "spell", "tide", "castle", "queen", "ghost", "dragon", "sword", "marsh"]
 
 _PEOPLE = ("Orrin", "Pella", "Dask", "Fennimer", "Hobbin", "Lord", "Master", "Queen")
-_SAME_KIND = {
-    name: _PEOPLE
-    for name in ("job", "bearer", "friend", "player", "rival", "teacher", "elder", "aunt", "old")
-}
+_PEOPLE_SLOTS = ("hero", "friend", "pal", "rival", "teacher", "elder", "aunt", "old")
 
 _ORDINALS = "One Two Three Four Five Six Seven Eight Nine Ten Eleven Twelve".split()
 _TITLES = ["Notes and questions", "Things to remember", "Questions for the reader"]

@@ -9,6 +9,7 @@ increasing and no expression can match across a special token.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -25,6 +26,8 @@ _SPACE_MARK = "\u2581"  # the lower one eighth block, sentencepiece's written sp
 _NO_DUMMY_PREFIX = bytes([0x1A, 4, 0x18, 0, 0x20, 0])
 _BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>", "[BOS]")
 _EOS_NAMES = ("</s>", "<|end_of_text|>", "<|endoftext|>", "<eos>", "[EOS]")
+_BEFORE_NEWLINE, _BLANKS = ("a", "7", ".", "\u201d", ");"), ("", "\n", "\n\n", " ", "\n ", " \n", "\t\n")
+_AFTER_NEWLINE = ("b", "B", "7", "\u00e9", "\u0436", "\u05d0", "\u4e2d")
 _SIDE_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 _SIDE_FILES += ("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja")
 
@@ -61,9 +64,7 @@ def load_tokenizer(source) -> Tokenizer:
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot read the tokenizer ({error.strerror}); check the path.") from error
-    return (
-        JsonTokenizer(data.decode(), path) if path.suffix == ".json" else SentencePieceTokenizer(data, path)
-    )
+    return JsonTokenizer(data, path) if path.suffix == ".json" else SentencePieceTokenizer(data, path)
 
 
 class Tokenizer:
@@ -133,13 +134,33 @@ class Tokenizer:
     def splits_after_newline(self) -> bool:
         """Whether a text may be cut between a newline and a letter without changing any token.
 
-        True when no piece of the vocabulary holds a newline followed by a letter or digit: no merge can then
-        cross such a place, and the pre-tokenizers in use break there too. It lets long documents be tokenised
-        in parts.
+        True when no piece of the vocabulary holds a newline followed by a letter or digit, so that no merge
+        can cross such a place, and the pre-tokenizer breaks there whatever follows. It lets long documents be
+        tokenised in parts.
         """
         for token in range(self.vocab_size):
             piece = self.token_bytes(token)
-            if b"\n" in piece[:-1] and any(a == 10 and chr(b).isalnum() for a, b in zip(piece, piece[1:])):
+            if b"\n" in piece[:-1] and any(
+                a == 10 and (b >= 0x80 or chr(b).isalnum()) for a, b in zip(piece, piece[1:])
+            ):
+                return False
+        return self._may_cut(1)
+
+    @functools.cached_property
+    def splits_before_newline(self) -> bool:
+        """Whether a text may be cut before the last newline in front of a letter.
+
+        That is where GPT-2's pre-tokenizer (SmolLM) breaks: it looks ahead, so it takes the two newlines of
+        ``"a\\n\\nb"`` one by one, but those of ``"a\\n\\n"`` together.
+        """
+        return self._may_cut(0)
+
+    def _may_cut(self, shift: int) -> bool:
+        """Whether samples keep their tokens when cut ``shift`` characters after the start of their last
+        newline."""
+        for before, blank, after in itertools.product(_BEFORE_NEWLINE, _BLANKS, _AFTER_NEWLINE):
+            text, cut = before + blank + "\n" + after, len(before + blank) + shift
+            if self.encode_inside(text) != self.encode_inside(text[:cut]) + self.encode_inside(text[cut:]):
                 return False
         return True
 
@@ -212,12 +233,13 @@ class JsonTokenizer(Tokenizer):
 
     kind = "bpe-json"
 
-    def __init__(self, text: str, path: Path | None = None):
+    def __init__(self, text: str | bytes, path: Path | None = None):
         super().__init__(path)
         import tokenizers
 
         where = path or "tokenizer.json"
         try:
+            text = text.decode() if isinstance(text, bytes) else text
             spec = json.loads(text)
             self._start = tokenizers.Tokenizer.from_str(text)
             self._inside = tokenizers.Tokenizer.from_str(json.dumps(_without_prefix_space(spec)))
@@ -258,12 +280,12 @@ class JsonTokenizer(Tokenizer):
         if piece is None or token in self._special or piece == self._unknown:
             return SPECIAL_BYTE
         if token in self._added:
-            return piece.encode()
+            return piece.encode() or SPECIAL_BYTE
         if self._byte_level:
-            return bytes(_BYTE_OF_CHARACTER[c] for c in piece)
+            return bytes(_BYTE_OF_CHARACTER[c] for c in piece) or SPECIAL_BYTE
         if self._is_byte(token):
             return bytes([int(piece[3:5], 16)])
-        return piece.replace(_SPACE_MARK, " ").encode()
+        return piece.replace(_SPACE_MARK, " ").encode() or SPECIAL_BYTE
 
     def _is_byte(self, token):
         piece = self._pieces.get(token, "")

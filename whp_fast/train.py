@@ -344,6 +344,7 @@ class Job:
     ) -> dict:
         """Train, keep the log, and return its summary."""
         blocks = self._blocks()
+        model.activation_checkpointing = self.config.model.activation_checkpointing
         n_steps = len(plan_steps(len(blocks), settings, self.config.run.seed))
         losses: list[float] = []
         with open(folder / "log.jsonl", "w") as log, track(settings.name, n_steps) as advance:

@@ -28,8 +28,12 @@ def set_to_row_mean(logits: Tensor, row_offsets: Tensor, tokens: Tensor) -> Tens
 
 
 def whp_target(base: Tensor, reinforced: Tensor, alpha: float) -> Tensor:
-    """Combined target logits [N, V] of the base and the reinforced model's logits [N, V]."""
-    return base - alpha * torch.relu(reinforced - base)
+    """Combined target logits [N, V] of the base and the reinforced model's logits [N, V].
+
+    A column that the base rules out (-inf) stays so: there the formula would give inf - inf.
+    """
+    target = base - alpha * torch.relu(reinforced - base)
+    return torch.where(torch.isneginf(base) & ~torch.isnan(reinforced), base, target)
 
 
 def generic_labels(base: Tensor, reinforced: Tensor, alpha: float, ignore_index: int = -100) -> Tensor:

@@ -1,0 +1,165 @@
+"""Matching, alignment and masks: tokens per second on one core, and memory against corpus size.
+
+    python -m benchmarks.prepare --json FILE [--tokens 8] [--text BOOK.txt --anchors D.json --tokenizer T.model]
+
+Without files, the corpus is the demo's saga with its dictionary (an expression every few tokens: far denser than a
+book) and a tokenizer trained on it. Tokenisation is measured beside, on its own. The alignment of the last chunk is
+checked against alignments of single blocks before anything is timed, so wrong results make the benchmark fail.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("RAYON_NUM_THREADS", "1")  # the tokenizers library; sentencepiece uses one thread anyway
+
+import numpy as np
+
+from whp_fast.alignment import Aligner
+from whp_fast.anchors import load_dictionary
+from whp_fast.corpus import Blocks, TokenWriter, tokenise_corpus
+from whp_fast.progress import console
+from whp_fast.tokens import load_tokenizer
+
+_CONTEXT = 512
+
+
+def measure(text: str, anchors, tokenizer, n_tokens: int, repeats: int = 5) -> dict:
+    """One row: rates are medians over repeats, single-threaded."""
+    dictionary = load_dictionary(anchors)
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "corpus.txt"
+        source.write_text(text, encoding="utf-8")
+        began = time.perf_counter()
+        with TokenWriter(Path(folder) / "once.npy", tokenizer.vocab_size) as writer:
+            tokenise_corpus([source], tokenizer, writer)
+        tokenise_seconds = time.perf_counter() - began
+        once = np.load(Path(folder) / "once.npy")
+        copies = -(-n_tokens // len(once))
+        path = Path(folder) / "tokens.npy"
+        with TokenWriter(path, tokenizer.vocab_size) as writer:
+            for _ in range(copies):
+                writer.append(once)
+        blocks = Blocks.of(np.load(path, mmap_mode="r"), _CONTEXT)
+        _check(blocks, dictionary, tokenizer)
+        seconds, occurrences = [], 0
+        for _ in range(repeats):
+            aligner = Aligner(dictionary, tokenizer, match_across_lines=True)
+            began = time.perf_counter()
+            occurrences = sum(int(part.matches.sum()) for _, part in aligner.align_stream(blocks))
+            seconds.append(time.perf_counter() - began)
+        return {
+            "tokenizer": tokenizer.kind,
+            "expressions": len(dictionary.entries),
+            "tokens": blocks.n_tokens,
+            "occurrences": occurrences,
+            "occurrences_per_1000_tokens": round(1000 * occurrences / blocks.n_tokens, 2),
+            "align_seconds": round(float(np.median(seconds)), 4),
+            "align_mtokens_per_s": round(blocks.n_tokens / float(np.median(seconds)) / 1e6, 2),
+            "tokenise_mtokens_per_s": round(len(once) / tokenise_seconds / 1e6, 3),
+        }
+
+
+def peak_memory(copies: int) -> float:
+    """Peak resident MiB of a fresh process that writes and aligns the saga ``copies`` times over."""
+    script = (
+        "import numpy as np, resource, tempfile\n"
+        "from benchmarks.prepare import saga_case, stream_peak\n"
+        f"print(stream_peak({copies}))\n"
+    )
+    output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    return float(output.split()[-1])
+
+
+def stream_peak(copies: int) -> float:
+    """Align a token file of so many copies of the saga; the process's peak resident memory in MiB, without the
+    pages of the memory-mapped token file, which the system may drop at any time."""
+    text, anchors, tokenizer = saga_case()
+    once = np.array(tokenizer.encode(text), dtype=np.uint16)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tokens.npy"
+        with TokenWriter(path, tokenizer.vocab_size) as writer:
+            for _ in range(copies):
+                writer.append(once)
+        blocks = Blocks.of(np.load(path, mmap_mode="r"), _CONTEXT)
+        aligner = Aligner(load_dictionary(anchors), tokenizer)
+        for _ in aligner.align_stream(blocks):
+            pass
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return peak - copies * once.nbytes / 2**20
+
+
+def saga_case():
+    """The demo's saga, its dictionary and a tokenizer trained on it."""
+    from whp_fast.demo import train_tokenizer
+    from whp_fast.saga import make_world
+
+    world = make_world(0, "demo")
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = train_tokenizer(Path(folder), world.saga + world.everyday, 1536)
+    return "\n".join(world.saga), world.anchors, tokenizer
+
+
+def _check(blocks: Blocks, dictionary, tokenizer) -> None:
+    """A run of blocks aligned at once equals the same blocks one by one (where no expression crosses an edge)."""
+    aligner = Aligner(dictionary, tokenizer)
+    some = [np.asarray(blocks[i]) for i in range(min(8, len(blocks)))]
+    whole = aligner.align(some)
+    for i, block in enumerate(some):
+        alone = aligner.align([block], first_block=i)
+        part = whole.blocks(i, i + 1)
+        if not (
+            np.array_equal(part.index_map, alone.index_map)
+            and np.array_equal(part.translated, alone.translated)
+        ):
+            raise SystemExit(f"benchmarks.prepare: block {i} aligned alone differs from the run of blocks")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.prepare", description=__doc__.split("\n")[0])
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--tokens", type=float, default=8, help="millions of tokens to align (default 8)")
+    parser.add_argument("--text", type=Path, help="a book")
+    parser.add_argument("--anchors", type=Path, help="its dictionary")
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer.model or tokenizer.json")
+    options = parser.parse_args()
+    if options.text:
+        text, anchors = options.text.read_text(encoding="utf-8"), options.anchors
+        tokenizer = load_tokenizer(options.tokenizer)
+        name = options.text.name
+    else:
+        (text, anchors, tokenizer), name = saga_case(), "saga"
+    measure(text, anchors, tokenizer, 100_000, repeats=1)  # numba compiles
+    row = {"corpus": name} | measure(text, anchors, tokenizer, int(options.tokens * 1e6))
+    memory = {copies: round(peak_memory(copies), 1) for copies in (20, 200)}
+    result = {
+        "machine": {"processor": _processor(), "python": platform.python_version(), "numpy": np.__version__},
+        "command": " ".join(["python -m benchmarks.prepare", *sys.argv[1:]]),
+        "rows": [row],
+        "peak_mib_by_copies_of_the_saga": memory,
+    }
+    console.print_json(json.dumps(result))
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+if __name__ == "__main__":
+    main()
