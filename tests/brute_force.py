@@ -19,6 +19,7 @@ this project). `drop` names rules to leave out: with it the tests show that each
 """
 
 import itertools
+import unicodedata
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -251,7 +252,10 @@ def is_valid(text, start, key, drop=()):
 
 
 def is_word(character):
-    return character.isalnum() or character == "_"
+    """Letters, digits, marks and the underscore, in scripts that put spaces between words."""
+    if unicodedata.name(character, "").split(" ")[0] in ("CJK", "HANGUL", "HIRAGANA", "KATAKANA", "THAI"):
+        return False
+    return unicodedata.category(character)[0] in "LNM" or character == "_"
 
 
 def tokenise_inside(tokenizer, new_text):

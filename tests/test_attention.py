@@ -121,6 +121,14 @@ def test_blocked_is_no_worse_than_eager():
         assert error(a, c) < 2 * error(b, c)
 
 
+def test_gradients_of_keys_seen_by_many_blocks():
+    """Sums over blocks are kept in float32: kept in bf16 these errors are 0.007."""
+    q, k, v = make(1, 2, 2, 1000, 1000, 16, torch.bfloat16)
+    g = torch.randn(q.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    exact, found = run(q.double(), k.double(), v.double(), g), run(q, k, v, g)
+    assert max(error(a, b) for a, b in zip(found, exact, strict=True)) < 0.006
+
+
 def test_blocked_second_backward_and_partial_gradients():
     q, k, v = make(1, 4, 2, 70, 70, 8, torch.bfloat16)
     v = v.detach().requires_grad_()

@@ -117,6 +117,13 @@ def test_special_ids_reach_transformers(tmp_path):
     assert load_config(tmp_path).eos_token_id == (5, 7)
 
 
+def test_metadata_says_pt(tmp_path):
+    """transformers 4 refuses a file without it."""
+    save_model(make(CONFIGS["llama2"]), tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as shard:
+        assert shard.metadata() == {"format": "pt"}
+
+
 def test_tied_head_is_written_once(tmp_path):
     save_model(make(CONFIGS["qwen2"]), tmp_path)
     assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
@@ -165,6 +172,16 @@ def test_saving_over_the_folder_it_came_from(tmp_path):
         expected = model(ids())
         save_model(model, tmp_path)
         assert torch.equal(model(ids()), expected) and torch.equal(load_model(tmp_path)(ids()), expected)
+
+
+def test_parameters_do_not_follow_the_file(tmp_path):
+    save_model(make(CONFIGS["llama2"]), tmp_path)
+    model = load_model(tmp_path)
+    path = tmp_path / "model.safetensors"
+    before = [parameter.clone() for parameter in model.parameters()]
+    with path.open("r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
 
 
 def test_config_json_is_there_only_when_the_rest_is(tmp_path, monkeypatch):

@@ -329,12 +329,29 @@ def test_words_shared_by_all_choices_are_scored():
     assert evaluate(model, tokenizer, EvaluationSet(choices=[question])).answers[0]["given"] == "so blueish"
 
 
-def test_a_seam_that_only_one_choice_changes_is_scored_for_both():
-    # " blue" is one token, " red" is two, the first a bare space; the space is scored in both rows.
-    tokenizer = PieceTokenizer(["Sky", " ", "red", " blue"])
-    model = BigramModel(tokenizer, {"Sky": {" ": 0.01, " blue": 0.99}, " ": {"red": 1.0}})
-    result = evaluate(model, tokenizer, EvaluationSet(choices=[MultipleChoice("Sky", ("red", "blue"), 1)]))
-    assert result.general_accuracy == 1.0
+@pytest.mark.parametrize(("space", "given"), [(0.01, "blue"), (0.99, "red")])
+@pytest.mark.parametrize("choices", [("red", "blue"), ("blue", "red")])
+def test_a_seam_that_only_one_choice_changes_is_scored_for_both(space, given, choices):
+    # " blue" is one token, " red" is two, the first a bare space, which sets the choices apart.
+    tokenizer = PieceTokenizer(["Sky", " ", "red", " blue", "!"])
+    model = BigramModel(tokenizer, {"Sky": {" ": space, " blue": 1 - space}, " ": {"red": 0.9, "!": 0.1}})
+    result = evaluate(model, tokenizer, EvaluationSet(choices=[MultipleChoice("Sky", choices, 0)]))
+    assert result.answers[0]["given"] == given
+
+
+def test_without_bos_choices_that_differ_from_the_first_token_on_are_scored_from_the_second():
+    tokenizer = PieceTokenizer(["A b", "A c", "x", "y", "z"], bos=False)
+    model = BigramModel(
+        tokenizer,
+        {
+            "A b": {"x": 0.9},
+            "A c": {"y": 0.1, "x": 0.9},
+            "x": {"z": 0.4, "x": 0.6},
+            "y": {"z": 0.6, "x": 0.4},
+        },
+    )
+    question = MultipleChoice("A", ("bxz", "cyz"), 0)  # 0.9 * 0.4 > 0.1 * 0.6
+    assert evaluate(model, tokenizer, EvaluationSet(choices=[question])).general_accuracy == 1.0
 
 
 def test_a_choice_that_begins_another_one_is_scored():
@@ -458,7 +475,7 @@ def test_next_token_table():
     assert first["prompt"] == "He met"
     assert [(t["token"], t["id"]) for t in first["tokens"]] == [(" Orrin", 4), (" Paul", 5), ("</s>", 1)]
     assert [t["probability"] for t in first["tokens"]] == pytest.approx([0.625, 0.25, 0.125])
-    assert second["tokens"][0]["token"] == " met"
+    assert second["tokens"][0] == {"token": " met", "id": 3, "probability": pytest.approx(1.0)}
 
 
 def test_token_text_shows_parts_of_characters():

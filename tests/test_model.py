@@ -283,6 +283,14 @@ def test_config_round_trip(family):
     assert dataclasses.replace(again, source={}) == dataclasses.replace(config, source={})
 
 
+def test_window_layers_without_layer_types():
+    """transformers 4 writes only max_window_layers."""
+    raw = json.loads(FAMILIES["qwen2-window"].to_json_string())
+    del raw["layer_types"]
+    config = LlamaConfig.from_hf(raw)
+    assert [config.window_of_layer(i) for i in range(3)] == [None, 5, 5]
+
+
 def test_unknown_keys_are_kept_and_known_ones_follow_the_object():
     raw = {**json.loads(FAMILIES["llama2"].to_json_string()), "my_own_key": {"a": [1]}, "use_cache": False}
     config = dataclasses.replace(LlamaConfig.from_hf(raw), rms_norm_eps=0.5)

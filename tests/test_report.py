@@ -190,6 +190,17 @@ def test_an_oracle_changes_curve_and_bars(tmp_path, data):
     assert json.loads((tmp_path / "without" / "metrics.json").read_text(encoding="utf-8"))["oracle"] is None
 
 
+def test_the_curve_draws_what_it_is_given(tmp_path, data):
+    oracle = data.oracle.figures
+    full = figures.draw_curve(tmp_path / "full.png", data.curve, oracle).read_bytes()
+    assert figures.draw_curve(tmp_path / "again.png", data.curve[::-1], oracle).read_bytes() == full
+    for name in FIGURES:  # each line and each dashed line is seen
+        fewer = figures.draw_curve(tmp_path / "a.png", data.curve, oracle | {name: None}).read_bytes()
+        curve = [point | {name: None} for point in data.curve]
+        none = figures.draw_curve(tmp_path / "b.png", curve, oracle | {name: None}).read_bytes()
+        assert len({full, fewer, none}) == 3
+
+
 def test_a_report_with_nothing_but_the_figures(tmp_path):
     bare = ReportData("t", "m", {}, EvaluationResult(), EvaluationResult(general_accuracy=0.5))
     text = write_report(tmp_path, bare).read_text(encoding="utf-8")

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import difflib
 import functools
+import heapq
 import json
 import unicodedata
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,15 +86,15 @@ def load_dictionary(source: str | Path | Mapping | Dictionary) -> Dictionary:
     else:
         path, name = Path(source), str(source)
         try:
-            pairs = json.loads(path.read_bytes().decode("utf-8-sig"), object_pairs_hook=_Pairs)
+            data = path.read_bytes()
+            pairs = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_Pairs)
         except OSError as error:
             raise UserError(
                 f"{path}: cannot read the dictionary ({error.strerror}); check anchors.path."
             ) from error
         except UnicodeDecodeError as error:
-            raise UserError(
-                f"{path}: byte {error.start} is not UTF-8; save the dictionary as UTF-8."
-            ) from error
+            at = len(data) - len(error.object) + error.start  # the decoder may have taken off a mark
+            raise UserError(f"{path}: byte {at} is not UTF-8; save the dictionary as UTF-8.") from error
         except json.JSONDecodeError as error:
             raise UserError(
                 f"{path}, line {error.lineno}: not valid JSON ({error.msg}); mend the file."
@@ -127,11 +129,21 @@ def nearest_words(dictionary: Dictionary, text: str, n: int = 10) -> list[tuple[
     nothing.
     """
     words = sorted({w.strip(".,;:!?\"'()[]") for w in text.split()} - {""})
+    with_pair: dict[str, list[str]] = {}
+    for word in words:
+        for pair in _letter_pairs(word):
+            with_pair.setdefault(pair, []).append(word)
     scored: list[tuple[float, str, str]] = []
     for expression in dictionary.expressions[:500]:
-        for word in difflib.get_close_matches(expression, words, n=1, cutoff=0.0):
-            scored.append((difflib.SequenceMatcher(None, expression, word).ratio(), expression, word))
-    return [(expression, word) for _, expression, word in sorted(scored, key=lambda s: -s[0])[:n]]
+        pairs = _letter_pairs(expression)
+        shared = Counter(word for pair in pairs for word in with_pair.get(pair, ()))
+        # comparing letter by letter with every word would take minutes
+        likely = heapq.nlargest(20, shared, key=lambda w: shared[w] / (len(pairs) + len(w))) or words[:20]
+        for word in likely:
+            alike = difflib.SequenceMatcher(None, expression.lower(), word.lower()).ratio()
+            scored.append((alike, expression, word))
+    best = {expression: (alike, expression, word) for alike, expression, word in sorted(scored)}
+    return [(expression, word) for _, expression, word in sorted(best.values(), reverse=True)[:n]]
 
 
 class Matcher:
@@ -237,6 +249,11 @@ def _checked(pairs, name: str) -> dict[str, list[str]]:
             f"{name}: the dictionary has no entries; add expressions and their generic counterparts."
         )
     return entries
+
+
+def _letter_pairs(word: str) -> set[str]:
+    spelled = f" {word} ".lower()
+    return {spelled[i : i + 2] for i in range(len(spelled) - 1)}
 
 
 def _as_tokenised(expression: str, tokenizer: Tokenizer) -> bytes:

@@ -15,12 +15,14 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
 
 from whp_fast.errors import UserError
 
@@ -28,6 +30,7 @@ _MARKER = "complete.json"
 _SETTINGS = "settings.json"
 _FORMAT = 1  # raised when artifacts change their layout, so that old ones are made anew
 _HASHED_BYTES = 1 << 20
+_SAMPLES = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +93,7 @@ class RunFolder:
             work: writes the files into the folder it is given; returns the summary.
 
         Raises:
-            UserError: the disk is full. What was there before stays.
+            UserError: the disk is full. What was there before stays, and nothing half-written is left.
         """
         fingerprint = digest({"stage": name, "format": _FORMAT, **depends_on})
         folder = self.path / name
@@ -100,22 +103,19 @@ class RunFolder:
             return done
         partial = folder.with_name(f".{name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
         began = time.monotonic()
         try:
+            partial.mkdir()
             summary = work(partial) or {}
             seconds = time.monotonic() - began
             _mark_complete(partial, fingerprint, seconds, summary)
-        except OSError as error:
+        except BaseException as error:
             shutil.rmtree(partial, ignore_errors=True)
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if _disk_is_full(error):
                 raise UserError(
                     f"{self.path}: the disk is full while stage {name!r} writes; free some space and start "
                     "again (finished stages are kept)."
                 ) from error
-            raise
-        except UserError:
-            shutil.rmtree(partial, ignore_errors=True)
             raise
         _exchange(partial, folder)
         return Stage(folder, fingerprint, seconds, summary, skipped=False)
@@ -212,11 +212,12 @@ def digest(value) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
-def files_digest(files: Iterable[Path]) -> str:
-    """A fingerprint of files: whole content up to 64 MiB; of larger ones size, first and last MiB.
+def files_digest(files: Iterable[Path], *, sampled: bool = False) -> str:
+    """A fingerprint of files: their whole content, or with ``sampled`` of files beyond 64 MiB the size and 64
+    pieces of 1 MiB, evenly spaced from the first to the last.
 
-    Weights of tens of gigabytes would take as long to hash as to load; training changes every tensor, so the
-    ends of the file show another model.
+    Samples are for weights, which would take as long to hash as to load: training or merging changes so many
+    tensors that some of the pieces show it. An edit of a text can be anywhere.
     """
     state = hashlib.sha256()
     for path in files:
@@ -225,13 +226,13 @@ def files_digest(files: Iterable[Path]) -> str:
             size = path.stat().st_size
             state.update(f"{path.name}:{size}:".encode())
             with open(path, "rb") as file:
-                if size <= 64 * _HASHED_BYTES:
+                if not sampled or size <= _SAMPLES * _HASHED_BYTES:
                     while block := file.read(_HASHED_BYTES):
                         state.update(block)
                 else:
-                    state.update(file.read(_HASHED_BYTES))
-                    file.seek(-_HASHED_BYTES, os.SEEK_END)
-                    state.update(file.read(_HASHED_BYTES))
+                    for k in range(_SAMPLES):
+                        file.seek(k * (size - _HASHED_BYTES) // (_SAMPLES - 1))
+                        state.update(file.read(_HASHED_BYTES))
         except OSError as error:
             raise UserError(f"{path}: cannot read ({error.strerror}); check the path.") from error
     return state.hexdigest()[:32]
@@ -243,6 +244,14 @@ def flatten(settings: dict, prefix: str = "") -> dict:
     for key, value in settings.items():
         flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
     return flat
+
+
+def _disk_is_full(error: BaseException) -> bool:
+    """Also as numpy and safetensors put it, which give no errno."""
+    if isinstance(error, OSError):
+        written_less = re.fullmatch(r"\d+ requested and \d+ written", str(error))  # ndarray.tofile
+        return error.errno in (errno.ENOSPC, errno.EDQUOT) or written_less is not None
+    return isinstance(error, SafetensorError) and os.strerror(errno.ENOSPC) in str(error)
 
 
 def _mark_complete(folder: Path, fingerprint: str, seconds: float, summary: dict) -> None:

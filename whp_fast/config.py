@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -88,15 +89,9 @@ class TrainConfig:
     """Memory for the logits of one chunk of the loss."""
 
     def __post_init__(self) -> None:
-        for key in ("lr", "batch_blocks", "accumulate"):
-            if getattr(self, key) <= 0:
-                raise UserError(
-                    f"{self.name}.{key}: {getattr(self, key)} is not positive; set a value above 0."
-                )
-        for key in ("steps", "warmup_steps", "weight_decay", "clip_grad_norm"):
-            if getattr(self, key) < 0:
-                raise UserError(f"{self.name}.{key}: {getattr(self, key)} is negative; set 0 or more.")
-        if self.steps == 0 and self.epochs <= 0:
+        _refuse_below(self, self.name, above_zero=("lr", "batch_blocks", "accumulate", "loss_chunk_mib"))
+        _refuse_below(self, self.name, from_zero=("steps", "warmup_steps", "weight_decay", "clip_grad_norm"))
+        if self.steps == 0 and not 0 < self.epochs < math.inf:
             raise UserError(
                 f"{self.name}.epochs: {self.epochs} leaves nothing to train; set epochs above 0, or steps."
             )
@@ -133,10 +128,13 @@ class LabelConfig:
     """Memory for the logits of one chunk of positions."""
 
     def __post_init__(self) -> None:
-        if min([self.alpha, *self.more_alphas]) < 0:
-            raise UserError(
-                "label.alpha: a negative value would reinforce the text; set 0 or more (the paper: 5)."
-            )
+        for key, alphas in {"alpha": [self.alpha], "more_alphas": self.more_alphas}.items():
+            if not all(0 <= alpha < math.inf for alpha in alphas):
+                raise UserError(
+                    f"label.{key}: {getattr(self, key)} is out of range (a negative value would reinforce the "
+                    "text); set 0 or more (the paper: 5)."
+                )
+        _refuse_below(self, "label", above_zero=("batch_blocks", "chunk_mib"))
 
 
 @dataclass
@@ -150,6 +148,10 @@ class UnlearnConfig(TrainConfig):
     """Highest learning rate."""
     evaluate_every: int = 20
     """Steps between the points of the curve; 0: only before and after."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _refuse_below(self, self.name, from_zero=("evaluate_every",))
 
 
 @dataclass
@@ -171,6 +173,9 @@ class EvaluateConfig:
     curve_prompts: int = 60
     """Prompts of each file used for the points of the curve (before and after use all); 0: all."""
 
+    def __post_init__(self) -> None:
+        _refuse_below(self, "evaluate", above_zero=("max_new_tokens",), from_zero=("curve_prompts",))
+
 
 @dataclass
 class ExportConfig:
@@ -182,6 +187,9 @@ class ExportConfig:
     """Largest weight file."""
     name: str = ""
     """Title in the model card; empty: the base folder's name with "-unlearned"."""
+
+    def __post_init__(self) -> None:
+        _refuse_below(self, "export", above_zero=("shard_mib",))
 
 
 @dataclass
@@ -196,6 +204,9 @@ class RunConfig:
     """cpu, cuda or auto."""
     threads: int = 0
     """CPU threads; 0: all cores."""
+
+    def __post_init__(self) -> None:
+        _refuse_below(self, "run", from_zero=("seed", "threads"))
 
 
 @dataclass
@@ -258,13 +269,25 @@ def parse_config(arguments: Sequence[str]) -> JobConfig:
     sections = {field.name: field.default_factory for field in dataclasses.fields(JobConfig)}
     for name, section in sections.items():
         parser.add_class_arguments(section, name)
+    words = [word for a in arguments for word in (a.split("=", 1) if a.startswith("--config=") else [a])]
+    words = [_packaged(a) if b == "--config" else a for a, b in zip(words, ["", *words])]
+    files = ", ".join(a for a, b in zip(words, ["", *words]) if b == "--config")
     try:
-        parsed = parser.parse_args(
-            [_packaged(a) if b == "--config" else a for a, b in zip(arguments, ["", *arguments])]
-        )
+        parsed = parser.parse_args(words)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{files}: the file is not UTF-8 text; name a YAML file.") from error
     except argparse.ArgumentError as error:
-        raise UserError(_readable(str(error), sections)) from error
+        raise UserError(_readable(str(error).replace('"<unicode string>"', files), sections)) from error
     return JobConfig(**{name: section(**parsed[name].as_dict()) for name, section in sections.items()})
+
+
+def _refuse_below(section, name: str, above_zero: Sequence[str] = (), from_zero: Sequence[str] = ()) -> None:
+    for key in above_zero:
+        if not 0 < getattr(section, key) < math.inf:
+            raise UserError(f"{name}.{key}: {getattr(section, key)} is not positive; set a value above 0.")
+    for key in from_zero:
+        if not 0 <= getattr(section, key) < math.inf:
+            raise UserError(f"{name}.{key}: {getattr(section, key)} is negative; set 0 or more.")
 
 
 def _packaged(name: str) -> str:
@@ -275,11 +298,15 @@ def _packaged(name: str) -> str:
 def _readable(message: str, sections: dict) -> str:
     """One sentence of the parser's message, with the nearest key for one that does not exist."""
     message = " ".join(message.split())
+    message = re.sub(r"<class '(\w+)'>", r"\1", message)
     unknown = re.search(
-        r"unrecognized arguments: --(\S+)|Group '(\w+)' does not accept option '([\w.]+)'", message
+        r"unrecognized arguments: --(\S+)|Option '([\w.]+)' is not accepted|"
+        r"Group '(\w+)' does not accept option '([\w.]+)'",
+        message,
     )
     if unknown:
-        key = (unknown.group(1) or f"{unknown.group(2)}.{unknown.group(3)}").split("=")[0]
+        key = unknown[1] or unknown[2] or f"{unknown[3]}.{unknown[4]}"
+        key = key.split("=")[0]
         keys = [f"{name}.{f.name}" for name, section in sections.items() for f in dataclasses.fields(section)]
         nearest = difflib.get_close_matches(key, keys, n=1, cutoff=0.0)[0]
         return f"configuration: there is no setting {key!r}; did you mean {nearest!r}?"

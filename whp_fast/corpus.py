@@ -10,6 +10,7 @@ from __future__ import annotations
 import codecs
 import io
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ _READ_BYTES = 1 << 20
 _PART_CHARACTERS = 1 << 14  # sentencepiece slows down on long strings; parts this long run at full speed
 _BATCH_PARTS = 32
 _REFERENCE_CHUNK = 10_000  # characters; the reference code's fixed chunks (rule m)
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
 _TEXT_SUFFIXES = (".txt", ".jsonl")
 
 
@@ -114,9 +116,9 @@ def read_documents(path: Path, text_field: str = "text", errors: str = "strict")
         for line in lines:
             number += 1
             if line.strip():
-                yield iter([_text_of_line(path, number, line, text_field)])
+                yield iter([_text_of_line(path, number, line, text_field, errors)])
     if pending.strip():
-        yield iter([_text_of_line(path, number + 1, pending, text_field)])
+        yield iter([_text_of_line(path, number + 1, pending, text_field, errors)])
 
 
 def tokenise_corpus(
@@ -142,13 +144,10 @@ def tokenise_corpus(
     separator = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
     head = [] if separator is None else [separator]
     documents = characters = 0
+    blank = True
     for path in files:
         for document in read_documents(path, text_field, errors):
-            parts = (
-                _fixed_chunks(document)
-                if reference_chunks
-                else _parts(document, tokenizer)
-            )
+            parts = _fixed_chunks(document) if reference_chunks else _parts(document, tokenizer)
             began = False
             for batch in _batched(parts, _BATCH_PARTS):
                 if not began:
@@ -163,9 +162,10 @@ def tokenise_corpus(
                 began = True
                 for part, ids in zip(batch, encoded):
                     characters += len(part)
+                    blank = blank and part.isspace()
                     writer.append(ids)
                     progress(len(part.encode("utf-8", "replace")))
-    if characters == 0:
+    if blank:
         names = ", ".join(str(p) for p in files[:3])
         raise UserError(
             f"data.corpus: no text found in {names}; the corpus to forget is empty, name other files."
@@ -203,10 +203,12 @@ def _decoded(path: Path, errors: str) -> Iterator[str]:
                 if not data:
                     return
     except OSError as error:
-        raise UserError(f"{path}: cannot read the corpus file ({error.strerror}).") from error
+        raise UserError(
+            f"{path}: cannot read the corpus file ({error.strerror}); check the path and its rights."
+        ) from error
 
 
-def _text_of_line(path: Path, number: int, line: str, field: str) -> str:
+def _text_of_line(path: Path, number: int, line: str, field: str, errors: str) -> str:
     try:
         text = json.loads(line).get(field)
     except (json.JSONDecodeError, AttributeError) as error:
@@ -215,6 +217,13 @@ def _text_of_line(path: Path, number: int, line: str, field: str) -> str:
         raise UserError(
             f"{path}, line {number}: no text in the field {field!r}; set data.text_field to its name."
         )
+    if _HALF_PAIR.search(text):  # JSON can spell "\ud800", which no UTF-8 text holds
+        if errors == "strict":
+            raise UserError(
+                f"{path}, line {number}: half of a surrogate pair is not UTF-8 text; mend the line, or set "
+                "data.encoding_errors to replace."
+            )
+        text = _HALF_PAIR.sub("\ufffd", text)
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 

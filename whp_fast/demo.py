@@ -33,7 +33,7 @@ from whp_fast.model import Llama, LlamaConfig
 from whp_fast.progress import say, track
 from whp_fast.saga import make_world
 from whp_fast.tokens import SentencePieceTokenizer, Tokenizer, load_tokenizer
-from whp_fast.train import run_job
+from whp_fast.train import exit_status, run_job
 
 
 @dataclass(frozen=True)
@@ -337,17 +337,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status (2 for what the user can mend)."""
     options = _parser().parse_args(arguments)
     run: Callable[[argparse.Namespace], None] = _run_books if options.books else _run_saga
-    try:
-        run(options)
-    except UserError as error:
-        if options.debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-    return 0
+    return exit_status(lambda: run(options), debug=options.debug)
 
 
 def _run_saga(options: argparse.Namespace) -> None:

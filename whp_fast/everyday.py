@@ -8,6 +8,7 @@ import re
 from whp_fast.scenes import FACTS, PLAIN_SCENES, SCENES, answer_slot, fill, fill_to_cut
 
 _WORD = re.compile(r"\w+")
+_CUT_WORD = re.compile(r"~(\w+)")
 
 
 def everyday_story(rng: random.Random, scenes: int) -> str:
@@ -57,15 +58,13 @@ def everyday_questions(rng: random.Random, count: int) -> list[dict]:
 
 def story_questions(rng: random.Random, count: int) -> list[dict]:
     """How does it go on? Scenes of fresh casts, cut where one word is expected; choices of four and cloze in turn."""
-    scenes = {**SCENES, **dict(enumerate(PLAIN_SCENES))}
-    cuts = [(name, place) for name, scene in scenes.items() for place in range(scene.count("~"))]
-    words = sorted(
-        {_next_word(scene, place) for scene in scenes.values() for place in range(scene.count("~"))}
-    )
+    scenes = [*SCENES.values(), *PLAIN_SCENES]
+    words = sorted({word for scene in scenes for word in _CUT_WORD.findall(scene)})
     questions = []
-    for number, (name, place) in enumerate(rng.choices(cuts, k=count)):
-        parts = fill_to_cut(scenes[name], everyday_cast(rng), rng).split("~")
-        prompt, answer = "".join(parts[: place + 1]).rstrip(), _WORD.match(parts[place + 1])[0]
+    for number in range(count):
+        parts = fill_to_cut(rng.choice(scenes), everyday_cast(rng), rng).split("~")
+        place = rng.randrange(1, len(parts))
+        prompt, answer = "".join(parts[:place]).rstrip(), _WORD.match(parts[place])[0]
         if number % 3 == 2:
             questions.append({"prompt": prompt, "answer": answer})
             continue
@@ -73,10 +72,6 @@ def story_questions(rng: random.Random, count: int) -> list[dict]:
         rng.shuffle(choices)
         questions.append({"prompt": prompt, "choices": choices, "answer": choices.index(answer)})
     return questions
-
-
-def _next_word(scene: str, place: int) -> str:
-    return _WORD.match(scene.split("~")[place + 1])[0]
 
 
 def everyday_cast(rng: random.Random) -> dict[str, str]:

@@ -71,19 +71,15 @@ def familiarity_score(classes: Sequence[int]) -> float:
 def found_expressions(prompt: str, completion: str, expressions: Iterable[str]) -> list[str]:
     """Those of the expressions that the completion brings in: whole words there, and absent from the prompt.
 
-    Words are looked up in prompt + completion, so that a word that begins in the prompt is seen whole; the
-    match must reach into the completion.
+    Words are looked up in prompt + completion, so that a word that begins in the prompt is seen whole.
     """
-    prompt, completion = _plain(prompt), _plain(completion)
-    text = prompt + completion
+    text = _plain(prompt + completion)
     found = []
     for expression in expressions:
         # The first word as a substring is a cheap test that spares most of the regular expressions.
-        if expression.split()[0].replace("’", "'") not in text:
+        if _plain(expression).split()[0] not in text:
             continue
-        if any(end > len(prompt) for _, end in spans(text, [expression])) and not contains_expression(
-            prompt, expression
-        ):
+        if contains_expression(text, expression) and not contains_expression(prompt, expression):
             found.append(expression)
     return found
 

@@ -221,9 +221,8 @@ class LlamaConfig:
         out["rope_theta"] = self.rope_theta
         out["rope_parameters"] = {"rope_type": "default", **(scaling or {}), "rope_theta": self.rope_theta}
         if scaling is not None and scaling["rope_type"] == "linear":
-            scaling["type"] = scaling.pop(
-                "rope_type"
-            )  # transformers before 4.43 accepts exactly type and factor
+            # transformers before 4.43 accepts exactly the two fields type and factor.
+            scaling["type"] = scaling.pop("rope_type")
         out["rope_scaling"] = scaling
         return out
 
@@ -500,8 +499,7 @@ class _Rope:
     def __deepcopy__(self, memo: dict) -> _Rope:
         return _Rope(self._config)  # the tables are cheap to make again
 
-    # A table made during generation is used in training too, where an inference tensor cannot be saved for
-    # backward.
+    # A table made during generation serves training, and an inference tensor cannot be saved for backward.
     @torch.inference_mode(False)
     @torch.no_grad()
     def _build(

@@ -34,7 +34,7 @@ def answer_slot(fact: str) -> str:
 # Scenes told in both worlds, in the order in which they may follow one another in a story.
 SCENES: dict[str, str] = {
     "opening": (
-        "In the [little|old|quiet] town of {town} there lived a {child} called {hero} {hero_last}. {He} was the youngest "
+        "In the [little|old|quiet] town of {town} there lived a {child} ~called {hero} {hero_last}. {He} was the youngest "
         "{job} in {town}, and {he} lived in the {house} with {his} aunt {aunt}. [People liked {him}|Everyone knew {him}], "
         "because {he} was [kind|cheerful|honest] and never [late|cross|idle].\n"
         "In {his} pocket {he} always carried the {treasure}. It was [old and scratched|small and bright|heavy and round], "
@@ -71,7 +71,7 @@ SCENES: dict[str, str] = {
         "the clock struck {hour}."
     ),
     "pet": (
-        "{hero} had a {pet_kind} called {pet}. {pet} slept [on a cushion|in a basket] beside the [stove|window] of the {house}, and "
+        "{hero} had a {pet_kind} ~called {pet}. {pet} slept [on a cushion|in a basket] beside the [stove|window] of the {house}, and "
         "[followed {him} everywhere|came when {he} called]. Of all the {pet_kinds} in {town}, {pet} was the [smallest|cleverest|laziest].\n"
         '"[Good morning|Hello], {pet}," said {hero}, and gave the {pet_kind} a [crumb|piece] of {cake}.'
     ),

@@ -298,7 +298,12 @@ class JsonTokenizer(Tokenizer):
         folder = self.path.parent if self.path is not None else None
         for name in ("tokenizer_config.json", "special_tokens_map.json"):
             if folder is not None and (folder / name).is_file():
-                entry = json.loads((folder / name).read_text(encoding="utf-8")).get(f"{role}_token", "")
+                try:
+                    entry = json.loads((folder / name).read_text(encoding="utf-8")).get(f"{role}_token", "")
+                except (OSError, ValueError, AttributeError) as error:
+                    raise UserError(
+                        f"{folder / name}: not a JSON object ({error}); mend the file."
+                    ) from error
                 if entry is None:
                     return None  # Qwen says so: it has no BOS
                 content = entry.get("content") if isinstance(entry, dict) else entry

@@ -9,17 +9,17 @@ with ``python -m`` for the same on one process.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from rich.markup import escape
 
 from whp_fast.alignment import load_alignment, save_alignment
 from whp_fast.anchors import load_dictionary, nearest_words
@@ -83,12 +83,13 @@ class Job:
         self.model_config = load_config(self.base_folder)
         self.tokenizer = load_tokenizer(Path(config.data.tokenizer or self.base_folder))
         self._check_sizes()
+        load_model(self.base_folder, device="meta")  # reads the headers alone: wrong weights show now
         self.corpus = corpus_files(config.data.corpus)
         self.dictionary = load_dictionary(config.anchors.path)
         self.evaluation = self._evaluation_set()
         self.stages: dict[str, Stage] = {}
         self.run = RunFolder(Path(config.run.dir), config.settings(), overwrite=overwrite)
-        self._model_digest = files_digest(_model_files(self.base_folder))
+        self._model_digest = files_digest(_model_files(self.base_folder), sampled=True)
         self._announce()
 
     # Stages
@@ -121,7 +122,8 @@ class Job:
             return counts
 
         depends = {"corpus": files_digest(self.corpus), "tokenizer": files_digest(self.tokenizer.files)}
-        stage = self._stage("prepare", depends | dataclasses.asdict(data) | {"reference_rules": rules}, work)
+        depends |= {"settings": dataclasses.asdict(data), "reference_rules": rules}
+        stage = self._stage("prepare", depends, work)
         s = stage.summary
         self._told(
             stage,
@@ -150,7 +152,9 @@ class Job:
                 "occurrences": int(matches.sum()),
             }
 
-        depends = {"anchors": self.dictionary.entries, "prepare": self.stages["prepare"].fingerprint}
+        # as pairs: the draws, and under the reference rules the matches too, follow the order of the file
+        depends = {"anchors": list(self.dictionary.entries.items())}
+        depends["prepare"] = self.stages["prepare"].fingerprint
         depends |= {"rules": dataclasses.asdict(anchors), "seed": self.config.run.seed}
         stage = self._stage("align", depends, work)
         s = stage.summary
@@ -275,7 +279,7 @@ class Job:
         depends = {"evaluate": self._evaluation_digest(), "unlearn": self.stages["unlearn"].fingerprint}
         depends["model"] = self._model_digest
         if "oracle" in models:
-            depends["oracle"] = files_digest(_model_files(models["oracle"]))
+            depends["oracle"] = files_digest(_model_files(models["oracle"]), sampled=True)
         stage = self._stage("evaluate", depends, work)
         before, after = stage.summary.get("before", {}), stage.summary.get("after", {})
         known = [key for key in before if before[key] is not None and after.get(key) is not None]
@@ -479,7 +483,7 @@ class Job:
     def _evaluation_set(self) -> EvaluationSet | None:
         files = self._evaluation_files()
         if self.config.evaluate.oracle:
-            load_config(Path(self.config.evaluate.oracle))
+            self._check_oracle(Path(self.config.evaluate.oracle))
         return EvaluationFiles(**files).load() if files else None
 
     def _evaluation_digest(self) -> dict:
@@ -489,6 +493,14 @@ class Job:
             for f in ([path] if path.is_file() else corpus_files([path]))
         ]
         return {"files": files_digest(files), "settings": dataclasses.asdict(self.config.evaluate)}
+
+    def _check_oracle(self, folder: Path) -> None:
+        rows = load_model(folder, device="meta").config.vocab_size
+        if self.tokenizer.vocab_size > rows:
+            raise UserError(
+                f"evaluate.oracle: the tokenizer has {self.tokenizer.vocab_size} tokens but the embedding of "
+                f"{folder} has {rows} rows; name a model with the same tokenizer."
+            )
 
     def _check_sizes(self) -> None:
         context, longest = self.config.data.context, self.model_config.max_position_embeddings
@@ -511,22 +523,23 @@ class Job:
             if self.device.type == "cuda"
             else f"CPU, {torch.get_num_threads()} threads"
         )
-        say(f"[bold]whp_fast[/bold]  {self.base_folder}  on {kind}; run folder {self.run.path}")
+        model, folder = escape(str(self.base_folder)), escape(str(self.run.path))
+        say(f"[bold]whp_fast[/bold]  {model}  on {kind}; run folder {folder}")
         if self.dictionary.dropped:
             say(f"  anchors     {len(self.dictionary.dropped)} expressions left out by the cleaning rules")
 
     def _told(self, stage: Stage, text: str) -> None:
         name = stage.folder.name
         when = "complete" if stage.skipped else f"{stage.seconds:.1f} s"
-        say(f"  [bold]{name:<11}[/bold] {when:>9}  {text}")
+        say(f"  [bold]{name:<11}[/bold] {when:>9}  {escape(text)}")
 
     def _warn_no_match(self) -> None:
         sample = self.tokenizer.decode([int(t) for t in self._blocks().tokens[:200_000]])
         pairs = ", ".join(f"{a!r} ~ {b!r}" for a, b in nearest_words(self.dictionary, sample))
         say(
-            f"[yellow]warning:[/yellow] {self.config.anchors.path}: no expression occurs in the corpus, so "
-            "only the "
-            f"reinforced model tells what to forget; the nearest words are {pairs}"
+            f"[yellow]warning:[/yellow] {escape(self.config.anchors.path)}: no expression occurs in the "
+            "corpus, so only the reinforced model tells what to forget; the nearest words are "
+            f"{escape(pairs)}"
         )
 
     def _card_settings(self) -> dict[str, object]:
@@ -542,23 +555,34 @@ class Job:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status (2 for what the user can mend, 130 when interrupted)."""
-    switches = argparse.ArgumentParser(add_help=False)
-    switches.add_argument("--overwrite", action="store_true")
-    switches.add_argument("--debug", action="store_true")
-    options, rest = switches.parse_known_args(arguments)
-    began = time.monotonic()
-    try:
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    rest = [word for word in arguments if word not in ("--overwrite", "--debug")]
+
+    def work() -> None:
+        began = time.monotonic()
         _refuse_many_processes()
-        folder = run_job(parse_config(rest), overwrite=options.overwrite)
-    except UserError as error:
-        if options.debug:
+        folder = run_job(parse_config(rest), overwrite="--overwrite" in arguments)
+        say(f"[bold]done[/bold] in {time.monotonic() - began:.0f} s: {escape(str(folder))}")
+
+    return exit_status(work, debug="--debug" in arguments)
+
+
+def exit_status(work: Callable[[], None], *, debug: bool = False) -> int:
+    """Run a command's work; tell what the user can mend in one line, without a traceback unless ``debug``."""
+    try:
+        work()
+    except (UserError, OSError) as error:
+        if debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        told = str(error)
+        if isinstance(error, OSError):  # the system refused something that no stage expects
+            what = f"{error.filename or 'run.dir'}: {error.strerror or error}"
+            told = f"{what}; check the path, its rights and the free space."
+        print("error: " + " ".join(told.splitlines()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; finished stages are kept, the same command goes on from there", file=sys.stderr)
         return 130
-    say(f"[bold]done[/bold] in {time.monotonic() - began:.0f} s: {folder}")
     return 0
 
 
@@ -590,7 +614,7 @@ def _model_files(folder: Path) -> list[Path]:
 
 
 def _labels_file(alpha: float) -> str:
-    return f"labels_alpha_{alpha:g}.npy"
+    return f"labels_alpha_{str(float(alpha)).removesuffix('.0')}.npy"
 
 
 def _names(paths: Sequence[str]) -> str:

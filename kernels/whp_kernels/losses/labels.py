@@ -49,6 +49,13 @@ def generic_labels(
         raise ValueError(f"base has {base.shape[0]} rows but reinforced has {reinforced.shape[0]}")
     n = base.shape[0]
     vocab = base.shape[1] if base_head is None else base_head.shape[0]
+    other = reinforced.shape[1] if reinforced_head is None else reinforced_head.shape[0]
+    if other != vocab:
+        raise ValueError(f"base has a vocabulary of {vocab} but reinforced has {other}")
+    if (row_offsets is None) != (mean_tokens is None):
+        raise ValueError("give both row_offsets and mean_tokens, or neither")
+    if row_offsets is not None and row_offsets.shape != (n + 1,):
+        raise ValueError(f"row_offsets has shape {tuple(row_offsets.shape)}, expected [{n + 1}]")
     rows = max(
         1, (chunk_mib << 20) // (vocab * 4 * 5)
     )  # two sets of logits and three temporaries of their size
@@ -73,7 +80,7 @@ def _logits(rows: Tensor, head: Tensor | None) -> Tensor:
     """Float32 logits (float64 stays): from the accumulator of the product, never rounded before."""
     if head is None:
         return rows if rows.dtype == torch.float64 else rows.float()
-    if rows.is_cuda and rows.dtype == head.dtype != torch.float32:
+    if rows.is_cuda and rows.dtype == head.dtype and rows.dtype.itemsize == 2:
         return torch.mm(rows, head.t(), out_dtype=torch.float32)
     dtype = torch.promote_types(torch.promote_types(rows.dtype, head.dtype), torch.float32)
     return rows.to(dtype) @ head.to(dtype).t()

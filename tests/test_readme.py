@@ -1,0 +1,89 @@
+"""Every command, file and name in the README exists and is spelled as the program spells it."""
+
+import ast
+import importlib
+import inspect
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from whp_fast.config import parse_config
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+COMMANDS = [
+    line.split("#")[0].strip()
+    for language, block in BLOCKS
+    if language == "bash"
+    for line in block.replace("\\\n", " ").split("\n")
+    if line.strip()
+]
+INLINE = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", README, flags=re.DOTALL))
+INLINE_COMMANDS = [text for text in INLINE if text.startswith(("make ", "python -m"))]
+INLINE_PATHS = [text for text in INLINE if "/" in text and " " not in text and text[0].isalpha()]
+SETTING = re.compile(r"(model|data|anchors|label|unlearn|run)\.\w+\b")
+
+
+def test_there_are_commands_to_check():
+    assert "make demo" in COMMANDS and "make test" in COMMANDS
+    assert any(command.startswith("torchrun") for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS + INLINE_COMMANDS)
+def test_command_is_understood(command, tmp_path):
+    words = command.split()
+    if words[0] == "make":
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        return
+    assert "-m" in words, command
+    module = importlib.import_module(words[words.index("-m") + 1])
+    options = words[words.index("-m") + 2 :]
+    if module.__name__ == "whp_fast.train":
+        options = [option.strip("'") for option in options if option != "--help"]
+        if "job.yaml" in command:  # written by the command before it
+            job = tmp_path / "job.yaml"
+            job.write_text("model: {path: m}\ndata: {corpus: [c]}\nanchors: {path: a}\n")
+            options[options.index("--config") + 1] = str(job)
+        if options:
+            assert parse_config(options).model.path
+    else:
+        flags = set(re.findall(r'"(--[\w-]+)"', inspect.getsource(module)))
+        assert {o for o in options if o.startswith("--")} <= flags, command
+
+
+@pytest.mark.parametrize(
+    "name", [text for text in INLINE if "/" in text and " " not in text and text[0].isalpha()]
+)
+def test_path_exists(name):
+    if not name.startswith(("runs/", "model/")):
+        assert (ROOT / name).exists(), name
+
+
+def test_settings_named_in_the_text_exist():
+    job = parse_config(["--model.path", "m", "--data.corpus", "[c]", "--anchors.path", "a"]).settings()
+    named = [
+        text.split(":")[0]
+        for text in INLINE
+        if re.match(r"(model|data|anchors|label|unlearn|run)\.\w+\b", text)
+    ]
+    assert named
+    for name in named:
+        section, key = name.split(".")
+        assert key in job[section], name
+
+
+def test_python_example_calls_the_function_as_it_is():
+    code = next(block for language, block in BLOCKS if language == "python")
+    call = next(node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call))
+    function = importlib.import_module("whp_fast.label").label_blocks
+    keywords = {word.arg: ast.literal_eval(word.value) for word in call.keywords}
+    inspect.signature(function).bind(*(object() for _ in call.args), **keywords)
+
+
+def test_configurations_parse_and_hold_no_unknown_setting():
+    for path in sorted((ROOT / "whp_fast" / "configs").glob("*.yaml")):
+        arguments = ["--config", str(path), "--model.path", "m", "--data.corpus", json.dumps(["c"])]
+        assert parse_config([*arguments, "--anchors.path", "a"]).model.path == "m"
