@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from whp_fast.checkpoint import load_config, load_model, save_model
 from whp_fast.errors import UserError
-from whp_fast.model import Llama, LlamaConfig
+from whp_fast.model import Llama
+from whp_fast.model_config import LlamaConfig
 
 TINY = dict(
     vocab_size=53,

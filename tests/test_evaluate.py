@@ -21,7 +21,8 @@ from whp_fast.evaluate import (
 )
 from whp_fast.generate import greedy
 from whp_fast.judge import LexicalJudge, familiarity_score, found_expressions
-from whp_fast.model import Llama, LlamaConfig
+from whp_fast.model import Llama
+from whp_fast.model_config import LlamaConfig
 from whp_fast.prompts import (
     Cloze,
     EvaluationSet,

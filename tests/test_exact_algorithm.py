@@ -49,9 +49,8 @@ FAMILIES = [
 ]
 KEYS = sorted({key for family in FAMILIES for key in family})
 VALUES = ["Paul", "Paul Smith", "school", "a", "the old school", "hall", "—", "é", "Mr. X", "🦉"]
-FILLERS = "and said the orrin xOrrin Orriny Orrin² halls _cup cup_ is 777 Mr ÉliseÉ Orrin\u0301 数Orrin \ufeff \x00".split(
-    " "
-)
+FILLERS = "and said the orrin xOrrin Orriny Orrin² halls _cup cup_ is 777 Mr ÉliseÉ \ufeff \x00".split(" ")
+FILLERS += ["Orrin\u0301", "数Orrin"]
 PHRASES = "tall-ash|Mr.Quill|Orrin Vale's hall.|(Vale)|(Orrin)|Glimmer-cup|wand of ash|🦉—Zoë|No. 77".split(
     "|"
 )

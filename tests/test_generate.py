@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from whp_fast.generate import KVCache, greedy
-from whp_fast.model import Llama, LlamaConfig
+from whp_fast.model import Llama
+from whp_fast.model_config import LlamaConfig
 
 TINY = dict(
     vocab_size=97,

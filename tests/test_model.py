@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from whp_fast.checkpoint import load_model
 from whp_fast.errors import UserError
-from whp_fast.model import Llama, LlamaConfig, RMSNorm, inverse_frequencies
+from whp_fast.model import Llama, RMSNorm, inverse_frequencies
+from whp_fast.model_config import LlamaConfig
 
 VOCAB = 61
 TINY = dict(

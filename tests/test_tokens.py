@@ -80,9 +80,7 @@ def spelled(tokenizer, ids):
 
 words = st.sampled_from(
     "Orrin|Vale|Glimmerhall| |  |\n|\n\n|\r|\t|.|“|é|Zoë|🦉|中文|한국|Ж|7|42|'s|—|</s>|<s>|<unk>|<0x41>|"
-    "<|endoftext|>|<|begin_of_text|>|<|end_of_text|>|▁| a|hall\n|\x00|\ufeff|e\u0301".replace(
-        "<|", "<¦"
-    )
+    "<|endoftext|>|<|begin_of_text|>|<|end_of_text|>|▁| a|hall\n|\x00|\ufeff|e\u0301".replace("<|", "<¦")
     .replace("|>", "¦>")
     .split("|")
 ).map(lambda word: word.replace("¦", "|"))
@@ -104,7 +102,7 @@ def test_tokens_spell_the_text(kind, text):
     prefix = " " if kind in PREFIXED and text else ""
     if kind == "metaspace" and as_spelled.startswith(" "):
         prefix = ""  # the newer conversion adds none before a space
-    if kind == "prefix-space" and text[:1].isspace():
+    if kind == "prefix-space" and text.startswith(" "):
         prefix = ""
     assert spelled(tokenizer, ids) == (prefix + as_spelled).encode()
     assert spelled(tokenizer, inside) == as_spelled.encode()
@@ -152,7 +150,9 @@ def test_variants(kind):
     pieces=st.lists(
         st.one_of(
             st.sampled_from([b"Orrin", b" Vale", b"\n", "🦉".encode(), "é".encode(), b"a"]),
-            st.sampled_from(["🦉".encode()[:3], "🦉".encode()[1:], b"\xc3", b"\xa9", b"\x80", b"\xed\xa0\x80"]),
+            st.sampled_from(
+                ["🦉".encode()[:3], "🦉".encode()[1:], b"\xc3", b"\xa9", b"\x80", b"\xed\xa0\x80"]
+            ),
             st.binary(max_size=5),
         ),
         max_size=8,
@@ -223,7 +223,7 @@ def cut_places(tokenizer, text):
     return [
         i + shift
         for i in range(len(text) - 1)
-        if shift is not None and text[i] == "\n" and text[i + 1].isalnum() and i + shift > 0
+        if shift is not None and text[i] == "\n" and text[i + 1].isalpha() and i + shift > 0
     ]
 
 
@@ -250,7 +250,7 @@ def test_which_kinds_may_be_cut():
     after = {kind for kind in KINDS if tokenizer_of(kind).splits_after_newline}
     before = {kind for kind in KINDS if tokenizer_of(kind).splits_before_newline}
     assert after == {"sentencepiece", "bpe-json", "converted", "metaspace"}
-    assert before >= {"gpt2", "smollm", "prefix-space"}
+    assert before >= {"gpt2", "smollm", "prefix-space"}  # their blank lines are taken apart before a letter
 
 
 @pytest.mark.parametrize("letter", ["b", "7", "é", "א", "中"])
@@ -359,7 +359,10 @@ def test_the_original_model_is_preferred(tmp_path):
 @pytest.mark.parametrize(
     ("files", "ids"),
     [
-        ({"tokenizer_config.json": {"bos_token": "<|x|>", "eos_token": {"content": "<|y|>"}}}, ("<|x|>", "<|y|>")),
+        (
+            {"tokenizer_config.json": {"bos_token": "<|x|>", "eos_token": {"content": "<|y|>"}}},
+            ("<|x|>", "<|y|>"),
+        ),
         ({"tokenizer_config.json": {"bos_token": None, "eos_token": "<|y|>"}}, (None, "<|y|>")),
         ({"tokenizer_config.json": {}, "special_tokens_map.json": {"bos_token": "<|x|>"}}, ("<|x|>", "</s>")),
         ({"special_tokens_map.json": {"eos_token": {"content": "<|y|>"}}}, ("<s>", "<|y|>")),

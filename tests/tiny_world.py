@@ -15,7 +15,8 @@ from tokenizer_fixtures import VOCAB_SIZE, sentencepiece_folder
 
 from whp_fast import train
 from whp_fast.checkpoint import save_model
-from whp_fast.model import Llama, LlamaConfig
+from whp_fast.model import Llama
+from whp_fast.model_config import LlamaConfig
 
 STAGES = ("prepare", "align", "reinforce", "label", "unlearn", "evaluate", "export", "report")
 CONTEXT = 32

@@ -19,8 +19,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .errors import UserError
-from .model import Llama, LlamaConfig
+from whp_fast.errors import UserError
+from whp_fast.model import Llama
+from whp_fast.model_config import LlamaConfig
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"

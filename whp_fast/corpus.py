@@ -250,7 +250,7 @@ def _parts(document: Iterator[str], tokenizer: Tokenizer) -> Iterator[str]:
 
 def _newline_before_letter(text: str, start: int) -> int | None:
     while (newline := text.find("\n", start)) >= 0:
-        if newline + 1 < len(text) and text[newline + 1].isalnum():
+        if newline + 1 < len(text) and text[newline + 1].isalpha():
             return newline
         start = newline + 1
     return None

@@ -29,7 +29,8 @@ from whp_fast.config import TrainConfig, parse_config
 from whp_fast.corpus import Blocks, TokenWriter, corpus_files, tokenise_corpus
 from whp_fast.engine import plan_steps, train
 from whp_fast.errors import UserError
-from whp_fast.model import Llama, LlamaConfig
+from whp_fast.model import Llama
+from whp_fast.model_config import LlamaConfig
 from whp_fast.progress import say, track
 from whp_fast.saga import make_world
 from whp_fast.tokens import SentencePieceTokenizer, Tokenizer, load_tokenizer

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 import torch
 import torch.nn.functional as F
 
-from .attention import attention
-from .model import Llama, LlamaConfig
+from whp_fast.attention import attention
+from whp_fast.model import Llama
+from whp_fast.model_config import LlamaConfig
 
 
 def greedy(

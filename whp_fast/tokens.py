@@ -27,7 +27,7 @@ _NO_DUMMY_PREFIX = bytes([0x1A, 4, 0x18, 0, 0x20, 0])
 _BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>", "[BOS]")
 _EOS_NAMES = ("</s>", "<|end_of_text|>", "<|endoftext|>", "<eos>", "[EOS]")
 _BEFORE_NEWLINE, _BLANKS = ("a", "7", ".", "\u201d", ");"), ("", "\n", "\n\n", " ", "\n ", " \n", "\t\n")
-_AFTER_NEWLINE = ("b", "B", "7", "\u00e9", "\u0436", "\u05d0", "\u4e2d")
+_AFTER_NEWLINE = ("b", "B", "\u00e9", "\u0436", "\u05d0", "\u4e2d")
 _SIDE_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 _SIDE_FILES += ("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja")
 

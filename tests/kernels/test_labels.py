@@ -31,7 +31,7 @@ def integers(*shape, seed=0, low=-4, high=5, dtype=torch.float32):
     return torch.randint(low, high, shape, generator=generator).to(dtype)
 
 
-# --------------------------------------------------------------------------------------- the formula
+# ----------------------------------------------------------------------------- the formula
 
 
 @pytest.mark.parametrize("vocab", [1, 7, 31_999, 32_000, 32_001, 128_256])
@@ -99,7 +99,7 @@ def test_columns_of_minus_infinity_never_win_and_spoil_nothing(ruled_out, alpha)
         assert not set(got.flatten().tolist()) & {0, 5}
 
 
-# --------------------------------------------------------------------------------- the mean of a row
+# ----------------------------------------------------------------------- the mean of a row
 
 
 def test_worked_example_of_the_mean():
@@ -131,7 +131,7 @@ def test_means_are_taken_before_any_replacement():
     assert torch.equal(logits, integers(4, 8, seed=3, dtype=torch.float64))  # the input is left alone
 
 
-# --------------------------------------------------------------------------- hidden states and chunks
+# ----------------------------------------------------------------- hidden states and chunks
 
 
 def problem(n=23, vocab=640, width=5, seed=0, dtype=torch.float32):

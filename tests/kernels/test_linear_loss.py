@@ -73,7 +73,7 @@ def compare(loss_function, hidden, weight, labels, denominator=None, scale=1.0):
     check_gradients(gradients, exact, plain_gradients)
 
 
-# ----------------------------------------------------------------------------- value and gradients
+# ------------------------------------------------------------------- value and gradients
 
 
 @pytest.mark.parametrize("chunk_mib", [0, 1, 256])
@@ -138,7 +138,7 @@ def test_products_in_another_dtype():
     assert relative_error(loss, exact_loss) > 1e-6  # the products were in bfloat16 indeed
 
 
-# --------------------------------------------------------------------------------------- ignored rows
+# ----------------------------------------------------------------------------- ignored rows
 
 
 def test_ignored_rows_take_no_part():
@@ -177,7 +177,7 @@ def test_another_ignore_index():
     assert loss == expected and torch.equal(gradients["weight"], expected_gradients["weight"])
 
 
-# ---------------------------------------------------------------------------------------- denominator
+# ------------------------------------------------------------------------------ denominator
 
 
 def test_denominator():
@@ -196,7 +196,7 @@ def test_denominator():
     compare(functools.partial(linear_cross_entropy, denominator=3.5), *problem(), denominator=3.5)
 
 
-# -------------------------------------------------------------------------------------------- numbers
+# ---------------------------------------------------------------------------------- numbers
 
 
 def test_large_logits_keep_their_digits():
@@ -224,7 +224,7 @@ def test_overflowing_logits():
         assert relative_error(gradient, exact_gradients[name]) < 1e-4
 
 
-# -------------------------------------------------------------------------------------- what is asked
+# ---------------------------------------------------------------------------- what is asked
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight"])
