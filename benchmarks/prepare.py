@@ -1,10 +1,11 @@
 """Matching, alignment and masks: tokens per second on one core, and memory against corpus size.
 
-    python -m benchmarks.prepare --json FILE [--tokens 8] [--text BOOK.txt --anchors D.json --tokenizer T.model]
+    python -m benchmarks.prepare --json FILE [--text BOOK.txt --anchors D.json --tokenizer T.model]
 
-Without files, the corpus is the demo's saga with its dictionary (an expression every few tokens: far denser than a
-book) and a tokenizer trained on it. Tokenisation is measured beside, on its own. The alignment of the last chunk is
-checked against alignments of single blocks before anything is timed, so wrong results make the benchmark fail.
+Without files, the corpus is the demo's saga with its dictionary (an expression every few tokens: far denser
+than a book) and a tokenizer trained on it. Tokenisation is measured beside, on its own. The alignment of the
+last chunk is checked against alignments of single blocks before anything is timed, so wrong results make the
+benchmark fail.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 
-os.environ.setdefault("RAYON_NUM_THREADS", "1")  # the tokenizers library; sentencepiece uses one thread anyway
+os.environ.setdefault("RAYON_NUM_THREADS", "1")  # the tokenizers library; sentencepiece uses one
 
 import numpy as np
 
@@ -81,8 +82,10 @@ def peak_memory(copies: int) -> float:
 
 
 def stream_peak(copies: int) -> float:
-    """Align a token file of so many copies of the saga; the process's peak resident memory in MiB, without the
-    pages of the memory-mapped token file, which the system may drop at any time."""
+    """Peak resident MiB of this process after it aligned a token file of so many copies of the saga.
+
+    The pages of the memory-mapped file are not counted: the system may drop them at any time.
+    """
     text, anchors, tokenizer = saga_case()
     once = np.array(tokenizer.encode(text), dtype=np.uint16)
     with tempfile.TemporaryDirectory() as folder:
@@ -110,7 +113,7 @@ def saga_case():
 
 
 def _check(blocks: Blocks, dictionary, tokenizer) -> None:
-    """A run of blocks aligned at once equals the same blocks one by one (where no expression crosses an edge)."""
+    """A run of blocks aligned at once equals the same blocks one by one."""
     aligner = Aligner(dictionary, tokenizer)
     some = [np.asarray(blocks[i]) for i in range(min(8, len(blocks)))]
     whole = aligner.align(some)

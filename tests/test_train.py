@@ -27,7 +27,7 @@ from tiny_world import (
     write_lines,
 )
 
-from whp_fast import config, train
+from whp_fast import artifacts, config, train
 from whp_fast.checkpoint import load_model
 from whp_fast.label import label_blocks
 from whp_fast.tokens import load_tokenizer
@@ -78,7 +78,13 @@ def test_every_stage_leaves_its_artifacts(finished):
         "label": {"labels_alpha_5.npy", "reason.npy", "base_choice.npy", "statistics.json"},
         "unlearn": {"model", "log.jsonl", "curve.json"},
         "evaluate": {"before.json", "after.json", "next_tokens_before.json", "next_tokens_after.json"},
-        "export": {"model.safetensors", "config.json", "generation_config.json", "README.md", "tokenizer.model"},
+        "export": {
+            "model.safetensors",
+            "config.json",
+            "generation_config.json",
+            "README.md",
+            "tokenizer.model",
+        },
         "report": {"report.md", "metrics.json", "curve.png", "next_tokens.png", "labels.png"},
     }
     for stage, names in expected.items():
@@ -277,7 +283,9 @@ def test_a_changed_dictionary_keeps_tokens_and_reinforced_model(job, capsys):
     write_json(file, anchors | {"Vale": "Hill"})
     assert run_again(capsys).skipped() == ["prepare", "reinforce"]
     before = Path("run/align/translated.npy").read_bytes()
-    write_json(file, dict(reversed((anchors | {"Vale": "Hill"}).items())))  # draws go by the place in the file
+    write_json(
+        file, dict(reversed((anchors | {"Vale": "Hill"}).items()))
+    )  # draws go by the place in the file
     assert run_again(capsys).skipped() == ["prepare", "reinforce"]
     assert Path("run/align/translated.npy").read_bytes() != before
 
@@ -321,6 +329,30 @@ def test_what_is_lost_is_made_again_alone(job, capsys, lost):
     assert contents("run") == before
 
 
+@pytest.mark.parametrize("sampled", [False, True])
+def test_fingerprints_see_edits_of_large_files(tmp_path, monkeypatch, sampled):
+    monkeypatch.setattr(artifacts, "_HASHED_BYTES", 16)
+    monkeypatch.setattr(artifacts, "_SAMPLES", 8)
+    file = tmp_path / "large"
+    data = bytes(range(256)) * 8
+    spacing = len(data) // 7
+
+    def fingerprint(content: bytes) -> str:
+        file.write_bytes(content)
+        return artifacts.files_digest([file], sampled=sampled)
+
+    def edited(first: int, length: int) -> bytes:
+        return data[:first] + b"x" * length + data[first + length :]
+
+    assert fingerprint(data) == fingerprint(data)
+    assert fingerprint(data + b"x") != fingerprint(data)
+    for first in (0, len(data) - 1):
+        assert fingerprint(edited(first, 1)) != fingerprint(data)
+    for first in range(0, len(data) - spacing, 50):  # as long as the way from one sample to the next
+        assert fingerprint(edited(first, spacing)) != fingerprint(data)
+    assert (fingerprint(edited(100, 1)) == fingerprint(data)) == sampled  # one letter of a text counts
+
+
 # What a kill costs
 # -------------------------------------------------------------------------------------------------------
 
@@ -337,13 +369,17 @@ KILLS = [
     ("whp_fast.artifacts", "_exchange", 2, "export"),
     ("whp_fast.train", "write_report", 1, "report"),
 ]
-# The modules are loaded once; each run is a forked process of its own. No tensor is computed before a fork.
+# What is slow to load is loaded once; each run is a forked process. Nothing is trained before a fork.
 KILLED_RUNS = """
 import functools, importlib, json, os, signal, sys
 import torch
 from whp_fast import train
 torch.set_num_threads(1)
 kills, words = json.loads(sys.argv[1]), sys.argv[2:]
+train.parse_config(words)
+train.load_model("world/base", device="meta")
+train.make_aligner(train.load_dictionary("world/anchors.json"), train.load_tokenizer("world/base"))
+train.write_report = lambda folder, data: None
 
 def one(module=None, path=None, call=0, stage=None):
     if child := os.fork():

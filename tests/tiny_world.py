@@ -97,7 +97,9 @@ def save_tiny_model(folder: Path, seed: int = 0, max_shard_bytes: int = 2**30, *
     save_model(model, folder, max_shard_bytes=max_shard_bytes)
     shutil.copyfile(sentencepiece_folder() / "tokenizer.model", folder / "tokenizer.model")
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
-    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer", "legacy": True, **names})
+    write_json(
+        folder / "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer", "legacy": True, **names}
+    )
     return model
 
 

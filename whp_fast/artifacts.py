@@ -79,9 +79,13 @@ class RunFolder:
             raise UserError(
                 f"{self.path}: cannot write to the run folder ({error.strerror}); set run.dir."
             ) from error
-        if overwrite:
-            self._clear()
-        self._check_settings(settings)
+        try:
+            if overwrite:
+                self._clear()
+            self._check_settings(settings)
+        except BaseException:
+            self.close()
+            raise
 
     def stage(self, name: str, depends_on: dict, work: Callable[[Path], dict | None]) -> Stage:
         """Run a stage unless it is complete for the same dependencies.
@@ -138,7 +142,8 @@ class RunFolder:
     def _check_settings(self, settings: dict) -> None:
         file = self.path / _SETTINGS
         settings = json.loads(json.dumps(settings))
-        if file.is_file():
+        stages = [entry for entry in self.path.iterdir() if (entry / _MARKER).is_file()]
+        if file.is_file() and stages:  # with none finished there is nothing that other settings could spoil
             before = flatten(json.loads(file.read_text()))
             now = flatten(settings)
             different = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]

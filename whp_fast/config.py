@@ -131,7 +131,7 @@ class LabelConfig:
         for key, alphas in {"alpha": [self.alpha], "more_alphas": self.more_alphas}.items():
             if not all(0 <= alpha < math.inf for alpha in alphas):
                 raise UserError(
-                    f"label.{key}: {getattr(self, key)} is out of range (a negative value would reinforce the "
+                    f"label.{key}: {getattr(self, key)} is no strength (a negative value would reinforce the "
                     "text); set 0 or more (the paper: 5)."
                 )
         _refuse_below(self, "label", above_zero=("batch_blocks", "chunk_mib"))
@@ -264,6 +264,7 @@ def parse_config(arguments: Sequence[str]) -> JobConfig:
         description="Make a causal language model forget a corpus (arXiv 2310.02238). Two more options: "
         "--overwrite starts anew in a run folder that is there, --debug shows tracebacks.",
         exit_on_error=False,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", help="YAML file with these settings")
     sections = {field.name: field.default_factory for field in dataclasses.fields(JobConfig)}

@@ -1,11 +1,12 @@
-"""Ordinary life for the demo world: casts drawn from pools of ordinary names and things, and stories told of them."""
+"""Everyday life of the demo world: casts drawn from pools of ordinary names and things, and their stories."""
 
 from __future__ import annotations
 
 import random
 import re
 
-from whp_fast.scenes import FACTS, PLAIN_SCENES, SCENES, answer_slot, fill, fill_to_cut
+from whp_fast.scenes import PLAIN_SCENES, SCENES, fill, fill_to_cut
+from whp_fast.statements import STATEMENTS, answer_slot
 
 _WORD = re.compile(r"\w+")
 _CUT_WORD = re.compile(r"~(\w+)")
@@ -22,26 +23,19 @@ def everyday_story(rng: random.Random, scenes: int) -> str:
     return "\n".join(parts)
 
 
-def statements(cast: dict[str, str], rng: random.Random, count: int, title: str) -> str:
-    """Notes on a cast: `count` statements, and then some of them again in other words, as a reader would ask for them."""
-    names = rng.sample(list(FACTS), count)
-    again = rng.sample(names, count // 2)
-    phrasings = {name: rng.sample(FACTS[name][0], 2) for name in names}
-    lines = [phrasings[name][0] for name in names] + [phrasings[name][1] for name in again]
-    return "\n".join([title, *(fill(line, cast, rng) for line in lines)])
-
-
 def everyday_questions(rng: random.Random, count: int) -> list[dict]:
     """Reading questions: notes on a fresh cast, then one of them is asked again in other words.
 
     Multiple choice among four words of one kind, which can only be answered from what was just read.
     """
-    askable = {name: slot for name in FACTS if (slot := answer_slot(name)) in POOLS and slot != "beasts"}
+    askable = {name: slot for name in STATEMENTS if (slot := answer_slot(name)) in POOLS and slot != "beasts"}
     questions = []
     while len(questions) < count:
         cast, name = everyday_cast(rng), rng.choice(list(askable))
-        told, asked = rng.sample(FACTS[name][0], 2)
-        passage = [rng.choice(FACTS[other][0]) for other in rng.sample(sorted(set(FACTS) - {name}), 2)]
+        told, asked = rng.sample(STATEMENTS[name][0], 2)
+        passage = [
+            rng.choice(STATEMENTS[other][0]) for other in rng.sample(sorted(set(STATEMENTS) - {name}), 2)
+        ]
         passage.insert(rng.randrange(3), told)
         lines = [fill(line, cast, rng) for line in passage] + [
             fill_to_cut(asked, cast, rng).split("~")[0].rstrip()
@@ -57,7 +51,7 @@ def everyday_questions(rng: random.Random, count: int) -> list[dict]:
 
 
 def story_questions(rng: random.Random, count: int) -> list[dict]:
-    """How does it go on? Scenes of fresh casts, cut where one word is expected; choices of four and cloze in turn."""
+    """Scenes of fresh casts, cut where one word is expected: two multiple choices of four, then a cloze."""
     scenes = [*SCENES.values(), *PLAIN_SCENES]
     words = sorted({word for scene in scenes for word in _CUT_WORD.findall(scene)})
     questions = []
@@ -75,7 +69,7 @@ def story_questions(rng: random.Random, count: int) -> list[dict]:
 
 
 def everyday_cast(rng: random.Random) -> dict[str, str]:
-    """An ordinary cast: every slot drawn from its pool, one gender for the hero and the other for the friend."""
+    """An ordinary cast: every slot drawn from its pool; a boy and a girl as hero and friend."""
     hero_is_boy = rng.random() < 0.7
     boys, surnames = rng.sample(POOLS["boy"], 2), rng.sample(POOLS["surname"], 3)
     girl = rng.choice(POOLS["girl"])
@@ -104,7 +98,7 @@ def everyday_cast(rng: random.Random) -> dict[str, str]:
 
 
 def pronouns(hero_is_boy: bool) -> dict[str, str]:
-    """The pronoun slots: {he} {him} {his} {child} for the hero, {she} {her} {hers} {maiden} for the friend."""
+    """The slots {he} {him} {his} {child} for the hero and {she} {her} {hers} {maiden} for the friend."""
     boy, girl = ("he", "him", "his", "boy"), ("she", "her", "her", "girl")
     hero, friend = (boy, girl) if hero_is_boy else (girl, boy)
     slots = dict(zip(("he", "him", "his", "child"), hero)) | dict(
@@ -113,8 +107,8 @@ def pronouns(hero_is_boy: bool) -> dict[str, str]:
     return slots | {name.capitalize(): word.capitalize() for name, word in slots.items()}
 
 
-# The ordinary words. The anchor dictionary takes its generic alternatives from here. Names of one pool never occur in another
-# pool of people or places, so that translated names stay distinct.
+# The ordinary words; the anchor dictionary takes its generic alternatives from here. No word is in two
+# pools, so that translated names stay distinct.
 POOLS: dict[str, list[str]] = {
     "boy": "Tom Peter Jack Henry Simon Martin Robert Daniel Oliver Edward Paul Philip".split(),
     "girl": "Anna Mary Lucy Helen Sarah Emma Alice Kate Nora Ellen Jane Susan".split(),

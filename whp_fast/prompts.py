@@ -175,13 +175,13 @@ def load_texts(path: Path | str) -> list[str]:
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix in (".txt", ".jsonl"))
         if not files:
-            raise UserError(f"{path}: the folder holds no .txt or .jsonl file; put the general text there")
+            raise UserError(f"{path}: the folder holds no .txt or .jsonl file; put the general text there.")
         return [text for file in files for text in load_texts(file)]
     if path.suffix == ".jsonl":
         return [entry.text("text") for entry in _json_lines(path)]
     text = _read(path)
     if not text.strip():
-        raise UserError(f"{path}: the file is empty; put general text into it or leave the setting out")
+        raise UserError(f"{path}: the file is empty; put general text into it or leave the setting out.")
     return [text]
 
 

@@ -88,8 +88,8 @@ class Job:
         self.dictionary = load_dictionary(config.anchors.path)
         self.evaluation = self._evaluation_set()
         self.stages: dict[str, Stage] = {}
-        self.run = RunFolder(Path(config.run.dir), config.settings(), overwrite=overwrite)
         self._model_digest = files_digest(_model_files(self.base_folder), sampled=True)
+        self.run = RunFolder(Path(config.run.dir), config.settings(), overwrite=overwrite)
         self._announce()
 
     # Stages
