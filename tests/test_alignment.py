@@ -311,7 +311,7 @@ def draws_of(seed=0, n_blocks=300, first_block=0, kind="sentencepiece", values=(
     """For each block the numbers of the counterparts drawn in it."""
     tokenizer = tokenizer_of(kind)
     block = tokenizer.encode("Orrin, (Orrin) and Orrin\nOrrin's")
-    aligner = Aligner(load_dictionary({"Orrin": list(values), "and": ["x", "y"]}), tokenizer, seed=seed)
+    aligner = Aligner(load_dictionary({"Orrin": list(values), "and": ["x", "y", "z"]}), tokenizer, seed=seed)
     alignment = aligner.align([block] * n_blocks, first_block=first_block)
     pairs = zip(alignment.used_offsets, alignment.used_offsets[1:])
     drawn = [alignment.used_value[i:j] for i, j in pairs]

@@ -28,7 +28,7 @@ from tiny_world import (
     write_lines,
 )
 
-from whp_fast import anchors, artifacts, checkpoint, export, train
+from whp_fast import anchors, artifacts, checkpoint, export, job, train
 from whp_fast.errors import UserError
 from whp_fast.tokens import load_tokenizer
 
@@ -315,7 +315,7 @@ def test_bad_model_folder_is_refused_before_any_work(world, capsys, spoil, told)
 
 def test_tokenizer_larger_than_the_embedding(world, capsys):
     save_tiny_model(Path("world/base"), vocab_size=399)
-    refused(capsys, plain(), "tokenizer.model", "400 tokens", "399 rows", "use the tokenizer of this model")
+    refused(capsys, plain(), "tokenizer.model", "400 tokens", "399 rows", "use this model's")
     save_tiny_model(Path("world/base"), vocab_size=400)
     assert command(capsys, plain()).status == 0
 
@@ -550,9 +550,9 @@ SHORT_WEIGHTS = SafetensorError("Error while serializing: I/O error: No space le
         ("label", artifacts.NpyWriter, "append", NO_SPACE),
         ("unlearn", checkpoint, "save_file", SHORT_WEIGHTS),
         ("unlearn", artifacts, "write_json", NO_SPACE),
-        ("evaluate", train, "write_json", OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))),
+        ("evaluate", job, "write_json", OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))),
         ("export", export.shutil, "copyfile", NO_SPACE),
-        ("report", train, "write_report", NO_SPACE),
+        ("report", job, "write_report", NO_SPACE),
     ],
 )
 def test_full_disk_keeps_the_old_artifact(world, capsys, monkeypatch, stage, owner, name, error):
@@ -605,7 +605,7 @@ def test_other_refusals_of_the_system_are_one_line_too(world, capsys, monkeypatc
         raise OSError(errno.EIO, os.strerror(errno.EIO), "run/x")
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "save_alignment", broken)
+        patch.setattr(job, "save_alignment", broken)
         refused(capsys, plain(), "run/x", "Input/output error", "check the path")
     assert left_by_failure() == [] and Path("run/prepare").is_dir()
 

@@ -132,7 +132,7 @@ def test_next_token_loss_by_hand():
     for number in range(len(blocks)):
         ids = torch.from_numpy(blocks[number].astype(np.int64))
         log_probs = torch.log_softmax(tiny_model()(ids[None])[0].double(), dim=-1)
-        losses += [-float(log_probs[i, ids[i + 1]]) for i in range(len(ids) - 1)]
+        losses += [-log_probs[i, ids[i + 1]].item() for i in range(len(ids) - 1)]
     assert len(losses) == 8 * 9 + 2 == record.trained
     assert record.loss == pytest.approx(sum(losses) / len(losses), rel=1e-6)
 

@@ -365,21 +365,21 @@ KILLS = [
     ("whp_fast.label", "Labeller._label_batch", 3, "label"),
     ("torch.optim", "AdamW.step", 3, "unlearn"),
     ("whp_fast.artifacts", "_mark_complete", 1, "unlearn"),
-    ("whp_fast.train", "next_token_table", 2, "evaluate"),
+    ("whp_fast.job", "next_token_table", 2, "evaluate"),
     ("whp_fast.artifacts", "_exchange", 2, "export"),
-    ("whp_fast.train", "write_report", 1, "report"),
+    ("whp_fast.job", "write_report", 1, "report"),
 ]
 # What is slow to load is loaded once; each run is a forked process. Nothing is trained before a fork.
 KILLED_RUNS = """
 import functools, importlib, json, os, signal, sys
 import torch
-from whp_fast import train
+from whp_fast import inputs, job, train
 torch.set_num_threads(1)
 kills, words = json.loads(sys.argv[1]), sys.argv[2:]
 train.parse_config(words)
-train.load_model("world/base", device="meta")
-train.make_aligner(train.load_dictionary("world/anchors.json"), train.load_tokenizer("world/base"))
-train.write_report = lambda folder, data: None
+inputs.load_model("world/base", device="meta")
+job.make_aligner(inputs.load_dictionary("world/anchors.json"), inputs.load_tokenizer("world/base"))
+job.write_report = lambda folder, data: None
 
 def one(module=None, path=None, call=0, stage=None):
     if child := os.fork():

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from tokenizer_fixtures import VOCAB_SIZE, sentencepiece_folder
 
-from whp_fast import train
+from whp_fast import job, train
 from whp_fast.checkpoint import save_model
 from whp_fast.model import Llama
 from whp_fast.model_config import LlamaConfig
@@ -190,4 +190,4 @@ def contents(run: Path | str, stages=STAGES[:-1]) -> dict[str, bytes]:
 
 def without_pictures(monkeypatch) -> None:
     """Leave the drawing of pictures, more than half of the time of a tiny job, out of it."""
-    monkeypatch.setattr(train, "write_report", lambda folder, data: (folder / "report.md").write_text("-"))
+    monkeypatch.setattr(job, "write_report", lambda folder, data: (folder / "report.md").write_text("-"))

@@ -279,4 +279,7 @@ def _whole_file(path: Path) -> Iterator[Path]:
     """A place to write to; moved to ``path`` when it is whole."""
     partial = path.with_name(path.name + ".partial")
     yield partial
+    mask = os.umask(0)
+    os.umask(mask)
+    os.chmod(partial, 0o666 & ~mask)  # safetensors writes files that nobody else may read
     os.replace(partial, path)

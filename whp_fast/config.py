@@ -36,8 +36,8 @@ class ModelConfig:
 class DataConfig:
     """The text to forget."""
 
-    corpus: list[str] = field(default_factory=list)
-    """.txt and .jsonl files, or folders of them."""
+    corpus: list[str] | str = field(default_factory=list)
+    """.txt and .jsonl files, or folders of them; one path, or a list: [a.txt, b.jsonl]."""
     text_field: str = "text"
     """Field of a .jsonl line that holds the text."""
     encoding_errors: Literal["strict", "replace"] = "strict"
@@ -46,6 +46,10 @@ class DataConfig:
     """Tokens in a block."""
     tokenizer: str = ""
     """tokenizer.model or tokenizer.json, or their folder; empty: the model's folder."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.corpus, str):
+            self.corpus = [self.corpus] if self.corpus else []
 
 
 @dataclass

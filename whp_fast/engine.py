@@ -125,7 +125,7 @@ def train(
                 "the update was not made, lower the learning rate or check the model's weights."
             )
         optimizer.step()
-        tokens = sum(x.numel() for x, _ in batches)
+        tokens = sum(len(blocks[int(number)]) for number in numbers)
         on_step(StepRecord(step, loss_value, norm_value, lr, trained, tokens, time.monotonic() - began))
         after_step(step)
     return n_steps

@@ -62,9 +62,9 @@ class _Size:
 _SIZES = {
     "demo": _Size(
         tellings=5,
-        notes=60,
+        notes=100,
         stories=110,
-        everyday_notes=90,
+        everyday_notes=120,
         rounds=12,
         heldout=10,
         questions=160,
@@ -81,7 +81,7 @@ def make_world(seed: int = 0, size: str = "demo") -> World:
     plan = _SIZES[size]
     rng = random.Random(seed)
     saga = [chapter for _ in range(plan.tellings) for chapter in chapters(rng)]
-    saga += [notes(SAGA_CAST, rng, 10, rng.choice(_TITLES)) for _ in range(plan.notes)]
+    saga += [notes(SAGA_CAST, rng, rng.randint(4, 10), rng.choice(_TITLES)) for _ in range(plan.notes)]
     everyday = _everyday(rng, plan.stories, plan.everyday_notes)
     knowledge = knowledge_documents(rng, plan.rounds)
     heldout = _everyday(rng, plan.heldout, plan.heldout) + knowledge_documents(rng, 1)[: plan.heldout * 2]
@@ -104,7 +104,9 @@ def make_world(seed: int = 0, size: str = "demo") -> World:
 
 def _everyday(rng: random.Random, n_stories: int, n_notes: int) -> list[str]:
     told = [everyday_story(rng, rng.randint(4, 8)) for _ in range(n_stories)]
-    return told + [notes(everyday_cast(rng), rng, 10, rng.choice(_TITLES)) for _ in range(n_notes)]
+    return told + [
+        notes(everyday_cast(rng), rng, rng.randint(4, 10), rng.choice(_TITLES)) for _ in range(n_notes)
+    ]
 
 
 def chapters(rng: random.Random) -> list[str]:
@@ -278,7 +280,7 @@ _PEOPLE = ("Orrin", "Pella", "Dask", "Fennimer", "Hobbin", "Lord", "Master", "Qu
 _PEOPLE_SLOTS = ("hero", "friend", "pal", "rival", "teacher", "elder", "aunt", "old")
 
 _ORDINALS = "One Two Three Four Five Six Seven Eight Nine Ten Eleven Twelve".split()
-_TITLES = ["Notes and questions", "Things to remember", "Questions for the reader"]
+_TITLES = ["Notes and questions", "Things to remember", "Questions for the reader", "", "", ""]
 
 CHAPTERS: list[tuple[str, list[str]]] = [
     ("The Lamps of {town}", ["opening", "saga_lamps", "morning", "clock"]),

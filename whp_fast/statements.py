@@ -9,12 +9,12 @@ from whp_fast.scenes import fill
 
 
 def notes(cast: dict[str, str], rng: random.Random, count: int, title: str) -> str:
-    """Notes on a cast: `count` statements, and then half of them again in other words."""
+    """Notes on a cast: a title unless it is empty, `count` statements, and half of them again in other words."""
     names = rng.sample(list(STATEMENTS), count)
     again = rng.sample(names, count // 2)
     phrasings = {name: rng.sample(STATEMENTS[name][0], 2) for name in names}
     lines = [phrasings[name][0] for name in names] + [phrasings[name][1] for name in again]
-    return "\n".join([title, *(fill(line, cast, rng) for line in lines)])
+    return "\n".join([title] * bool(title) + [fill(line, cast, rng) for line in lines])
 
 
 def answer_slot(name: str) -> str:

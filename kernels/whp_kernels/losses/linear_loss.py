@@ -33,8 +33,9 @@ def linear_cross_entropy(
         labels: int64 [N], already shifted: row ``n`` is taught ``labels[n]``.
         denominator: what the sum is divided by; by default the number of labels that are not ignored. Give
             the count over all accumulated micro-batches, and accumulation does not change the loss.
-        compute_dtype: dtype of the matrix products (logits are float32 or wider all the same); default: that
-            of ``hidden_states``.
+        compute_dtype: dtype of the matrix products; default: that of ``hidden_states``. Logits leave the
+            product in float32 (or wider) on a GPU; on the CPU, where torch has no such product, those of a
+            narrower dtype are rounded to it once.
         chunk_mib: memory for the logits of one chunk, in MiB.
 
     Returns:

@@ -1,0 +1,97 @@
+"""Everything a job reads, loaded and checked before any long work."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from whp_fast.anchors import load_dictionary
+from whp_fast.artifacts import files_digest
+from whp_fast.checkpoint import load_config, load_model
+from whp_fast.config import JobConfig
+from whp_fast.corpus import corpus_files
+from whp_fast.errors import UserError
+from whp_fast.prompts import EvaluationFiles, EvaluationSet
+from whp_fast.tokens import load_tokenizer
+
+
+class Inputs:
+    """The inputs of a job.
+
+    Attributes:
+        base: folder of the model that shall forget.
+        model_config: its shape.
+        tokenizer: the tokenizer of the model.
+        corpus: the files of the text to forget.
+        dictionary: the cleaned dictionary.
+        evaluation: the evaluation files, or None when none is named.
+        model_digest: fingerprint of the base's files.
+
+    Raises:
+        UserError: whatever is missing, broken, or does not fit together.
+    """
+
+    def __init__(self, config: JobConfig):
+        self._evaluate = config.evaluate
+        self.base = Path(config.model.path)
+        self.model_config = load_config(self.base)
+        self.tokenizer = load_tokenizer(Path(config.data.tokenizer or self.base))
+        self._check_sizes(config.data.context)
+        load_model(self.base, device="meta")  # reads the headers alone: wrong weights show now
+        self.corpus = corpus_files(config.data.corpus)
+        self.dictionary = load_dictionary(config.anchors.path)
+        self.evaluation = self._evaluation_set()
+        self.model_digest = files_digest(model_files(self.base), sampled=True)
+
+    def evaluation_digest(self) -> dict:
+        """Fingerprint of the evaluation files, and the settings they are used with."""
+        files = [
+            f
+            for path in self._evaluation_files().values()
+            for f in ([path] if path.is_file() else corpus_files([path]))
+        ]
+        return {"files": files_digest(files), "settings": dataclasses.asdict(self._evaluate)}
+
+    def _evaluation_files(self) -> dict[str, Path]:
+        names = {
+            "familiarity": "familiarity",
+            "probability": "probability",
+            "choices": "choices",
+            "text": "general_text",
+        }
+        settings = dataclasses.asdict(self._evaluate)
+        return {name: Path(settings[key]) for name, key in names.items() if settings[key]}
+
+    def _evaluation_set(self) -> EvaluationSet | None:
+        files = self._evaluation_files()
+        if self._evaluate.oracle:
+            self._check_oracle(Path(self._evaluate.oracle))
+        return EvaluationFiles(**files).load() if files else None
+
+    def _check_oracle(self, folder: Path) -> None:
+        rows = load_model(folder, device="meta").config.vocab_size
+        if self.tokenizer.vocab_size > rows:
+            raise UserError(
+                f"evaluate.oracle: the tokenizer has {self.tokenizer.vocab_size} tokens but the embedding of "
+                f"{folder} has {rows} rows; name a model with the same tokenizer."
+            )
+
+    def _check_sizes(self, context: int) -> None:
+        longest = self.model_config.max_position_embeddings
+        if context > longest:
+            raise UserError(
+                f"data.context: {context} tokens are more than the {longest} of max_position_embeddings in "
+                f"{self.base / 'config.json'}; set data.context to {longest} or less."
+            )
+        if self.tokenizer.vocab_size > self.model_config.vocab_size:
+            raise UserError(
+                f"{self.tokenizer.path}: the tokenizer has {self.tokenizer.vocab_size} tokens but the "
+                f"embedding of {self.base} has {self.model_config.vocab_size} rows; use this model's."
+            )
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The files that make a model, in a fixed order."""
+    return sorted(
+        [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json"), folder / "config.json"]
+    )

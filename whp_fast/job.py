@@ -1,0 +1,490 @@
+"""The stages of a job, each with what it reads, what it writes and what it depends on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.markup import escape
+
+from whp_fast.alignment import load_alignment, save_alignment
+from whp_fast.anchors import nearest_words
+from whp_fast.artifacts import NpyWriter, RunFolder, Stage, files_digest, flatten, write_json
+from whp_fast.checkpoint import load_model, save_model
+from whp_fast.config import JobConfig, TrainConfig
+from whp_fast.corpus import Blocks, TokenWriter, tokenise_corpus
+from whp_fast.engine import StepRecord, plan_steps, train
+from whp_fast.errors import UserError
+from whp_fast.evaluate import EvaluationResult, evaluate, next_token_table
+from whp_fast.export import export_model, model_card
+from whp_fast.inputs import Inputs, model_files
+from whp_fast.judge import LexicalJudge
+from whp_fast.label import Labeller, make_aligner
+from whp_fast.label_statistics import LabelStatistics, label_page
+from whp_fast.progress import say, track
+from whp_fast.report import ReportData, join_next_tokens, write_report
+
+
+class Job:
+    """The stages of one job; each method runs its stage or finds it complete.
+
+    Everything that can be wrong with the inputs is looked at in the constructor, before any long work.
+    """
+
+    def __init__(self, config: JobConfig, *, overwrite: bool = False):
+        self.config = config
+        self.device = _device(config.run.device)
+        if config.run.threads:
+            torch.set_num_threads(config.run.threads)
+        self.inputs = Inputs(config)
+        self.stages: dict[str, Stage] = {}
+        self.run = RunFolder(Path(config.run.dir), config.settings(), overwrite=overwrite)
+        self._announce()
+
+    # Stages --------------------------------------------------------------------------------------------
+
+    def prepare(self) -> Stage:
+        """Corpus to tokens: ``tokens.npy``, ``document_starts.npy``."""
+        data, rules = self.config.data, self.config.anchors.reference_rules
+
+        def work(folder: Path) -> dict:
+            writer = TokenWriter(folder / "tokens.npy", self.inputs.tokenizer.vocab_size)
+            with writer, track("prepare", sum(f.stat().st_size for f in self.inputs.corpus)) as advance:
+                counts = tokenise_corpus(
+                    self.inputs.corpus,
+                    self.inputs.tokenizer,
+                    writer,
+                    text_field=data.text_field,
+                    errors=data.encoding_errors,
+                    reference_chunks=rules,
+                    progress=advance,
+                )
+            np.save(folder / "document_starts.npy", np.array(writer.document_starts, dtype=np.int64))
+            counts["blocks"] = len(Blocks.of(np.broadcast_to(0, writer.count), data.context, drop_tail=rules))
+            if counts["blocks"] == 0:
+                raise UserError(
+                    f"data.corpus: {writer.count} tokens make no block of {data.context} under the reference "
+                    "rules, which drop the last one; use a longer corpus or a shorter data.context."
+                )
+            return counts
+
+        depends = {
+            "corpus": files_digest(self.inputs.corpus),
+            "tokenizer": files_digest(self.inputs.tokenizer.files),
+        }
+        depends |= {"settings": dataclasses.asdict(data), "reference_rules": rules}
+        stage = self._stage("prepare", depends, work)
+        s = stage.summary
+        self._told(
+            stage,
+            f"{s['documents']} documents, {s['tokens']:,} tokens, {s['blocks']:,} blocks of {data.context}",
+        )
+        return stage
+
+    def align(self) -> Stage:
+        """Dictionary and blocks to translated blocks and their map: ``anchors.json``, ``*.npy``."""
+        anchors = self.config.anchors
+
+        def work(folder: Path) -> dict:
+            write_json(folder / "anchors.json", self.inputs.dictionary.entries)
+            write_json(folder / "dropped.json", self.inputs.dictionary.dropped)
+            blocks = self._blocks()
+            aligner = self._aligner()
+            with track("align", blocks.n_tokens) as advance:
+                parts = (part for _, part in aligner.align_stream(blocks))
+                matches = save_alignment(folder, parts, progress=advance)
+            found = dict(zip(self.inputs.dictionary.expressions, matches.tolist()))
+            write_json(folder / "matches.json", dict(sorted(found.items(), key=lambda item: -item[1])))
+            return {
+                "expressions": len(found),
+                "dropped": len(self.inputs.dictionary.dropped),
+                "matched": sum(1 for n in found.values() if n),
+                "occurrences": int(matches.sum()),
+            }
+
+        # as pairs: the draws, and under the reference rules the matches too, follow the order of the file
+        depends = {"anchors": list(self.inputs.dictionary.entries.items())}
+        depends["prepare"] = self.stages["prepare"].fingerprint
+        depends |= {"rules": dataclasses.asdict(anchors), "seed": self.config.run.seed}
+        stage = self._stage("align", depends, work)
+        s = stage.summary
+        self._told(
+            stage,
+            f"{s['matched']} of {s['expressions']} expressions occur, {s['occurrences']:,} times in all",
+        )
+        if s["occurrences"] == 0:
+            self._warn_no_match()
+        return stage
+
+    def reinforce(self) -> Stage:
+        """The base trained further on the corpus: ``model/``, ``log.jsonl``."""
+
+        def work(folder: Path) -> dict:
+            model = load_model(self.inputs.base, dtype=torch.float32, device=self.device)
+            log = self._train(model, folder, self.config.reinforce, labels=None)
+            save_model(model, _made(folder / "model"))
+            return log
+
+        depends = {"model": self.inputs.model_digest, "prepare": self.stages["prepare"].fingerprint}
+        depends |= {
+            "settings": dataclasses.asdict(self.config.reinforce),
+            "dtype": self.config.model.compute_dtype,
+        }
+        depends["seed"] = self.config.run.seed
+        stage = self._stage("reinforce", depends, work)
+        s = stage.summary
+        self._told(stage, f"{s['steps']} steps, loss {s['first_loss']:.3f} to {s['last_loss']:.3f}")
+        return stage
+
+    def label(self) -> Stage:
+        """Both models to generic labels: ``labels_alpha_*.npy`` (int32, one label a token), ``reason.npy``,
+        ``base_choice.npy``, ``statistics.json``."""
+        settings = self.config.label
+        alphas = list(dict.fromkeys([settings.alpha, *settings.more_alphas]))
+
+        def work(folder: Path) -> dict:
+            dtype = getattr(torch, settings.dtype)
+            base = load_model(self.inputs.base, dtype=dtype, device=self.device)
+            reinforced = load_model(
+                self.stages["reinforce"].folder / "model", dtype=dtype, device=self.device
+            )
+            labeller = Labeller(
+                base,
+                reinforced,
+                self._aligner(),
+                alphas,
+                batch_size=settings.batch_blocks,
+                chunk_mib=settings.chunk_mib,
+                device=self.device,
+            )
+            return self._write_labels(folder, labeller, alphas)
+
+        depends = {"settings": dataclasses.asdict(settings), "align": self.stages["align"].fingerprint}
+        depends["reinforce"] = self.stages["reinforce"].fingerprint
+        stage = self._stage("label", depends, work)
+        s = stage.summary
+        trained = 100 * s["trained"] / max(1, s["positions"])
+        changed = 100 * s["changed_from_text"] / max(1, s["trained"])
+        self._told(stage, f"{trained:.1f} % of positions trained, {changed:.1f} % of them unlike the text")
+        return stage
+
+    def unlearn(self) -> Stage:
+        """The base trained on the labels: ``model/``, ``log.jsonl``, ``curve.json``."""
+        settings = self.config.unlearn
+
+        def work(folder: Path) -> dict:
+            model = load_model(self.inputs.base, dtype=torch.float32, device=self.device)
+            labels = np.load(
+                self.stages["label"].folder / _labels_file(self.config.label.alpha), mmap_mode="r"
+            )
+            curve: list[dict] = []
+            n_steps = len(plan_steps(len(self._blocks()), settings, self.config.run.seed))
+
+            def point(step: int) -> None:
+                due = settings.evaluate_every and (step % settings.evaluate_every == 0 or step == n_steps)
+                if due and self.inputs.evaluation is not None:
+                    result = self._evaluate(model, self.config.evaluate.curve_prompts or None)
+                    curve.append({"step": step, **result.figures})
+
+            log = self._train(model, folder, settings, labels=labels, after_step=point)
+            write_json(folder / "curve.json", curve)
+            save_model(model, _made(folder / "model"))
+            return log
+
+        depends = {"model": self.inputs.model_digest, "label": self.stages["label"].fingerprint}
+        depends |= {"settings": dataclasses.asdict(settings), "dtype": self.config.model.compute_dtype}
+        depends |= {"seed": self.config.run.seed, "alpha": self.config.label.alpha}
+        if settings.evaluate_every:
+            depends["evaluate"] = self.inputs.evaluation_digest()
+        stage = self._stage("unlearn", depends, work)
+        s = stage.summary
+        self._told(stage, f"{s['steps']} steps, loss {s['first_loss']:.3f} to {s['last_loss']:.3f}")
+        return stage
+
+    def evaluate(self) -> Stage:
+        """Before, after and the oracle: ``before.json``, ``after.json``, ``oracle.json``,
+        ``next_tokens_*.json``.
+        """
+        models = {"before": self.inputs.base, "after": self.stages["unlearn"].folder / "model"}
+        if self.config.evaluate.oracle:
+            models["oracle"] = Path(self.config.evaluate.oracle)
+
+        def work(folder: Path) -> dict:
+            figures = {}
+            with track("evaluate", len(models)) as advance:
+                for name, path in models.items():
+                    if self.inputs.evaluation is None:
+                        break
+                    model = load_model(path, dtype=torch.float32, device=self.device)
+                    result = self._evaluate(model, None)
+                    write_json(folder / f"{name}.json", result.to_json())
+                    if self.inputs.evaluation.probability:
+                        prompts = [p.prompt for p in self.inputs.evaluation.probability]
+                        tables = next_token_table(model, self.inputs.tokenizer, prompts)
+                        write_json(folder / f"next_tokens_{name}.json", tables)
+                    figures[name] = result.figures
+                    advance(1)
+            return figures
+
+        depends = {"evaluate": self.inputs.evaluation_digest(), "unlearn": self.stages["unlearn"].fingerprint}
+        depends["model"] = self.inputs.model_digest
+        if "oracle" in models:
+            depends["oracle"] = files_digest(model_files(models["oracle"]), sampled=True)
+        stage = self._stage("evaluate", depends, work)
+        before, after = stage.summary.get("before", {}), stage.summary.get("after", {})
+        known = [key for key in before if before[key] is not None and after.get(key) is not None]
+        self._told(
+            stage,
+            "; ".join(f"{key.replace('_', ' ')} {before[key]:.3f} to {after[key]:.3f}" for key in known),
+        )
+        return stage
+
+    def export(self) -> Stage:
+        """The Hugging Face folder."""
+        settings = self.config.export
+
+        def work(folder: Path) -> dict:
+            model = load_model(
+                self.stages["unlearn"].folder / "model", dtype=torch.float32, device=self.device
+            )
+            figures = self.stages["evaluate"].summary
+            card = model_card(
+                name=settings.name or f"{self.inputs.base.name}-unlearned",
+                base=self.inputs.base.name,
+                corpus=[Path(entry).name for entry in self.config.data.corpus],
+                tokens=self.stages["prepare"].summary["tokens"],
+                documents=self.stages["prepare"].summary["documents"],
+                expressions=len(self.inputs.dictionary.entries),
+                before=figures.get("before", {}),
+                after=figures.get("after", {}),
+                settings=self._card_settings(),
+            )
+            export_model(
+                model,
+                folder,
+                self.inputs.tokenizer,
+                card,
+                dtype=getattr(torch, settings.dtype),
+                shard_mib=settings.shard_mib,
+            )
+            return {}
+
+        depends = {"unlearn": self.stages["unlearn"].fingerprint, "settings": dataclasses.asdict(settings)}
+        depends["evaluate"] = self.stages["evaluate"].fingerprint
+        stage = self._stage("export", depends, work)
+        self._told(stage, f"Hugging Face folder {stage.folder}")
+        return stage
+
+    def report(self, earlier_seconds: dict[str, float]) -> Stage:
+        """``report.md``, ``metrics.json`` and pictures."""
+        seconds = {**earlier_seconds, **{name: stage.seconds for name, stage in self.stages.items()}}
+
+        def work(folder: Path) -> dict:
+            write_report(folder, self._report_data(seconds))
+            return {}
+
+        depends = {name: stage.fingerprint for name, stage in self.stages.items()} | {
+            "seconds": earlier_seconds
+        }
+        stage = self._stage("report", depends, work)
+        self._told(stage, f"{stage.folder / 'report.md'}")
+        return stage
+
+    # Parts of stages -----------------------------------------------------------------------------------
+
+    def _train(
+        self, model, folder: Path, settings: TrainConfig, *, labels, after_step=lambda step: None
+    ) -> dict:
+        """Train, keep the log, and return its summary."""
+        blocks = self._blocks()
+        model.activation_checkpointing = self.config.model.activation_checkpointing
+        n_steps = len(plan_steps(len(blocks), settings, self.config.run.seed))
+        losses: list[float] = []
+        with open(folder / "log.jsonl", "w") as log, track(settings.name, n_steps) as advance:
+
+            def on_step(record: StepRecord) -> None:
+                losses.append(record.loss)
+                log.write(json.dumps(dataclasses.asdict(record)) + "\n")
+                rate = record.tokens / max(record.seconds, 1e-9)
+                advance(1, f"step {record.step}/{n_steps}  loss {record.loss:.3f}  {rate:,.0f} tokens/s")
+
+            train(
+                model,
+                blocks,
+                labels,
+                settings,
+                seed=self.config.run.seed,
+                device=self.device,
+                compute_dtype=getattr(torch, self.config.model.compute_dtype),
+                on_step=on_step,
+                after_step=after_step,
+            )
+        return {"steps": n_steps, "first_loss": losses[0], "last_loss": losses[-1]}
+
+    def _write_labels(self, folder: Path, labeller: Labeller, alphas: Sequence[float]) -> dict:
+        blocks = self._blocks()
+        alignment = load_alignment(self.stages["align"].folder)
+        statistics = LabelStatistics()
+        per_part = max(labeller.batch_size, 64)
+        writers = [NpyWriter(folder / _labels_file(alpha), np.int32) for alpha in alphas]
+        reasons, choices = (
+            NpyWriter(folder / "reason.npy", np.uint8),
+            NpyWriter(folder / "base_choice.npy", np.int32),
+        )
+        with track("label", blocks.n_tokens) as advance:
+            for first in range(0, len(blocks), per_part):
+                last = min(first + per_part, len(blocks))
+                part = alignment.blocks(first, last)
+                labels, own, reason = labeller.label([blocks[i] for i in range(first, last)], part, advance)
+                for writer, row in zip(writers, labels):
+                    writer.append(row)
+                reasons.append(reason)
+                choices.append(own)
+                start, end = blocks.offsets(first, last)[[0, -1]]
+                following = np.full(end - start, -1, dtype=np.int64)
+                after = blocks.tokens[start + 1 : end + 1]
+                following[: len(after)] = after
+                statistics.add(following, labels[0], own, reason)
+        for writer in (*writers, reasons, choices):
+            writer.close()
+        summary = statistics.summary(self.inputs.tokenizer)
+        write_json(folder / "statistics.json", summary)
+        return {
+            key: summary[key] for key in ("positions", "trained", "changed_from_text", "changed_from_base")
+        }
+
+    def _report_data(self, seconds: dict[str, float]) -> ReportData:
+        def read(stage: str, name: str):
+            file = self.stages[stage].folder / name
+            return json.loads(file.read_text()) if file.is_file() else None
+
+        results = {name: read("evaluate", f"{name}.json") for name in ("before", "after", "oracle")}
+        results = {name: EvaluationResult.from_json(r) for name, r in results.items() if r is not None}
+
+        blocks = self._blocks()
+        labels = np.load(self.stages["label"].folder / _labels_file(self.config.label.alpha), mmap_mode="r")
+        reason = np.load(self.stages["label"].folder / "reason.npy", mmap_mode="r")
+        shown = _telling_block(
+            blocks, np.load(self.stages["align"].folder / "used_offsets.npy", mmap_mode="r")
+        )
+        here = slice(*blocks.offsets(shown, shown + 1))
+        tables = {
+            name: read("evaluate", f"next_tokens_{name}.json") for name in ("before", "after", "oracle")
+        }
+        return ReportData(
+            title=f"{self.inputs.base.name}: forgetting {_names(self.config.data.corpus)}",
+            model_name=self.inputs.base.name,
+            settings=self.config.settings(),
+            before=results.get("before", EvaluationResult()),
+            after=results.get("after", EvaluationResult()),
+            oracle=results.get("oracle"),
+            curve=read("unlearn", "curve.json") or [],
+            curve_prompts=self.config.evaluate.curve_prompts,
+            label_stats=read("label", "statistics.json"),
+            label_page=label_page(self.inputs.tokenizer, blocks[shown], labels[here], reason[here]),
+            next_tokens=join_next_tokens(**tables) if tables["before"] else [],
+            seconds=seconds,
+        )
+
+    # Small things --------------------------------------------------------------------------------------
+
+    def _stage(self, name: str, depends: dict, work) -> Stage:
+        stage = self.run.stage(name, depends, work)
+        self.stages[name] = stage
+        return stage
+
+    def _blocks(self) -> Blocks:
+        tokens = np.load(self.stages["prepare"].folder / "tokens.npy", mmap_mode="r")
+        return Blocks.of(tokens, self.config.data.context, drop_tail=self.config.anchors.reference_rules)
+
+    def _aligner(self):
+        anchors = self.config.anchors
+        return make_aligner(
+            self.inputs.dictionary,
+            self.inputs.tokenizer,
+            reference_rules=anchors.reference_rules,
+            seed=self.config.run.seed,
+            match_across_lines=anchors.match_across_lines,
+        )
+
+    def _evaluate(self, model, max_prompts: int | None) -> EvaluationResult:
+        return evaluate(
+            model,
+            self.inputs.tokenizer,
+            self.inputs.evaluation,
+            judge=LexicalJudge(self.inputs.dictionary.expressions),
+            max_prompts=max_prompts,
+            max_new_tokens=self.config.evaluate.max_new_tokens,
+            context=self.config.data.context,
+        )
+
+    def _announce(self) -> None:
+        kind = (
+            torch.cuda.get_device_name()
+            if self.device.type == "cuda"
+            else f"CPU, {torch.get_num_threads()} threads"
+        )
+        model, folder = escape(str(self.inputs.base)), escape(str(self.run.path))
+        say(f"[bold]whp_fast[/bold]  {model}  on {kind}; run folder {folder}")
+        dropped = self.inputs.dictionary.dropped
+        if dropped:
+            say(f"  anchors     {len(dropped)} expressions left out by the cleaning rules")
+
+    def _told(self, stage: Stage, text: str) -> None:
+        name = stage.folder.name
+        when = "complete" if stage.skipped else f"{stage.seconds:.1f} s"
+        say(f"  [bold]{name:<11}[/bold] {when:>9}  {escape(text)}")
+
+    def _warn_no_match(self) -> None:
+        sample = self.inputs.tokenizer.decode([int(t) for t in self._blocks().tokens[:200_000]])
+        pairs = ", ".join(f"{a!r} ~ {b!r}" for a, b in nearest_words(self.inputs.dictionary, sample))
+        say(
+            f"[yellow]warning:[/yellow] {escape(self.config.anchors.path)}: no expression occurs in the "
+            "corpus, so only the reinforced model tells what to forget; the nearest words are "
+            f"{escape(pairs)}"
+        )
+
+    def _card_settings(self) -> dict[str, object]:
+        flat = flatten(self.config.settings())
+        wanted = ("anchors.reference_rules", "data.context", "model.compute_dtype")
+        kept = {
+            k: v
+            for k, v in flat.items()
+            if k in wanted or k.split(".")[0] in ("reinforce", "label", "unlearn", "run")
+        }
+        return {k: v for k, v in kept.items() if not k.endswith(("_mib", "evaluate_every"))}
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"run.device: {name!r} cannot be used here ({str(error).splitlines()[0]}); set cpu or auto."
+        ) from error
+    return device
+
+
+def _labels_file(alpha: float) -> str:
+    return f"labels_alpha_{str(float(alpha)).removesuffix('.0')}.npy"
+
+
+def _names(paths: Sequence[str]) -> str:
+    return ", ".join(Path(p).name for p in paths[:3]) + (" and others" if len(paths) > 3 else "")
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def _telling_block(blocks: Blocks, used_offsets: np.ndarray) -> int:
+    """The block with the most expressions among the first thousand: the one worth showing."""
+    return int(np.argmax(np.diff(used_offsets[: min(len(blocks), 1000) + 1])))
