@@ -17,18 +17,10 @@ from hypothesis import strategies as st
 from test_tokens import spelled, tokenizer_of
 from tokenizer_fixtures import TRAINING_TEXT, spelled_byte_level_folder
 
-from whp_fast.alignment import (
-    INSIDE,
-    NO_BOUNDARY,
-    REPEATED,
-    TRAINED,
-    Aligner,
-    Alignment,
-    load_alignment,
-    save_alignment,
-)
+from whp_fast.alignment import Aligner, Alignment, load_alignment, save_alignment
 from whp_fast.anchors import load_dictionary
 from whp_fast.corpus import Blocks
+from whp_fast.reasons import INSIDE, NO_BOUNDARY, REPEATED, TRAINED
 from whp_fast.reference_rules import ReferenceAligner
 from whp_fast.tokens import load_tokenizer
 

@@ -4,8 +4,8 @@ import numpy as np
 from tokenizer_fixtures import folder_of
 
 from whp_fast import label_statistics
-from whp_fast.alignment import INSIDE, LAST, NO_BOUNDARY, NOT_FINITE, REASONS, REPEATED, TRAINED
 from whp_fast.label_statistics import LabelStatistics, label_page
+from whp_fast.reasons import INSIDE, LAST, NO_BOUNDARY, NOT_FINITE, REASONS, REPEATED, TRAINED
 from whp_fast.tokens import load_tokenizer
 
 

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from whp_kernels.losses import IGNORE_INDEX, generic_labels
 
-from whp_fast.alignment import NOT_FINITE, Aligner, Alignment
+from whp_fast.alignment import Aligner, Alignment
 from whp_fast.anchors import Dictionary, load_dictionary
 from whp_fast.model import Llama
+from whp_fast.reasons import NOT_FINITE
 from whp_fast.reference_rules import ReferenceAligner
 from whp_fast.tokens import Tokenizer, load_tokenizer
 

@@ -9,7 +9,7 @@ from collections import Counter
 import numpy as np
 from whp_kernels.losses import IGNORE_INDEX
 
-from whp_fast.alignment import REASONS, TRAINED
+from whp_fast.reasons import REASONS, TRAINED
 from whp_fast.scoring import token_text
 from whp_fast.tokens import Tokenizer
 
@@ -31,7 +31,7 @@ class LabelStatistics:
             following: the text's own next token at each position, -1 where there is none.
             labels: the labels, -100 where untrained.
             own: what the base says on the translation, without the offset.
-            reason: index into :data:`whp_fast.alignment.REASONS`.
+            reason: index into :data:`whp_fast.reasons.REASONS`.
         """
         trained = labels != IGNORE_INDEX
         self.positions += len(labels)

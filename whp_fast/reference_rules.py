@@ -13,9 +13,11 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from whp_fast.alignment import INSIDE, LAST, REPEATED, Alignment, draw
+from whp_fast.alignment import Alignment
+from whp_fast.alignment_kernels import draw
 from whp_fast.anchors import Dictionary
 from whp_fast.corpus import Blocks
+from whp_fast.reasons import INSIDE, LAST, REPEATED
 from whp_fast.tokens import Tokenizer
 
 

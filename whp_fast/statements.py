@@ -9,7 +9,7 @@ from whp_fast.scenes import fill
 
 
 def notes(cast: dict[str, str], rng: random.Random, count: int, title: str) -> str:
-    """Notes on a cast: a title unless it is empty, `count` statements, and half of them again in other words."""
+    """Notes on a cast: a title (or none), `count` statements, then half of them again in other words."""
     names = rng.sample(list(STATEMENTS), count)
     again = rng.sample(names, count // 2)
     phrasings = {name: rng.sample(STATEMENTS[name][0], 2) for name in names}
