@@ -1,7 +1,7 @@
 """The compiled loops of :mod:`whp_fast.alignment`: bytes and tokens in, maps and masks out (numba).
 
-Bytes and tokens count from the first of the run of blocks. A *part* is a match cut at the edges of its blocks,
-a *segment* a run of parts that share tokens, and a *piece* the new tokens of a segment.
+Bytes and tokens count from the first of the run of blocks. A *part* is a match cut at the edges of its
+blocks, a *segment* a run of parts that share tokens, and a *piece* the new tokens of a segment.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def label_blocks(
     """Generic labels for blocks of tokens (arXiv 2310.02238, section 2).
 
     Args:
-        blocks: token ids, an integer array [N, T] or a sequence of 1-D arrays.
+        blocks: token ids, an integer array or tensor [N, T], or a sequence of 1-D arrays.
         anchors: ``{"expression": "generic" | ["generic", ...]}``, a file with it, or a ``Dictionary``.
         base, reinforced: a ``Llama``, a model folder, or any callable ``input_ids [B, T] -> logits [B, T,
             V]`` (or an object with ``.logits``). It may be given right-padded batches, so it has to be
@@ -77,6 +77,8 @@ def label_blocks(
         seed=seed,
         match_across_lines=match_across_lines,
     )
+    if isinstance(blocks, Tensor):
+        blocks = blocks.cpu().numpy()
     rows = [np.asarray(block) for block in blocks]
     alphas = [float(alpha)] if np.isscalar(alpha) else [float(a) for a in alpha]
     labeller = Labeller(
