@@ -81,12 +81,14 @@ class TrainConfig:
     """Micro-batches in a step."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """Learning rate after the warm-up."""
+    final_lr_share: float = 0.0
+    """What a falling schedule ends at, as a share of the highest learning rate."""
     warmup_steps: int = 0
     """Steps in which the learning rate rises."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
     """AdamW's; the reference fine-tuning's values."""
     weight_decay: float = 0.0
-    """AdamW's, decoupled."""
+    """AdamW's, decoupled; norms and biases are left out of it."""
     clip_grad_norm: float = 1.0
     """Longest gradient; 0: no clipping."""
     loss_chunk_mib: int = 256

@@ -78,13 +78,7 @@ def train(
     """
     plan = plan_steps(len(blocks), settings, seed)
     n_steps = len(plan)
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=settings.lr,
-        betas=tuple(settings.betas),
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
+    optimizer = _optimizer(model, settings)
     model.train()
     after_step(0)
     for step, numbers in enumerate(plan, start=1):
@@ -156,11 +150,18 @@ def schedule_factor(step: int, n_steps: int, settings: TrainConfig) -> float:
     if step <= settings.warmup_steps:
         return step / (settings.warmup_steps + 1)
     progress = (step - 1 - settings.warmup_steps) / max(1, n_steps - settings.warmup_steps)
-    if settings.schedule == "linear":
-        return 1.0 - progress
-    if settings.schedule == "cosine":
-        return 0.5 * (1.0 + math.cos(math.pi * progress))
-    return 1.0
+    if settings.schedule == "constant":
+        return 1.0
+    falling = 1.0 - progress if settings.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    return settings.final_lr_share + (1.0 - settings.final_lr_share) * falling
+
+
+def _optimizer(model: Llama, settings: TrainConfig) -> torch.optim.AdamW:
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim <= 1]  # norms and biases: decay would only shift them
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    betas, decay = tuple(settings.betas), settings.weight_decay
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=betas, weight_decay=decay, fused=True)
 
 
 def _micro_batches(blocks, labels, numbers, size) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
