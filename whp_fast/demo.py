@@ -213,6 +213,10 @@ def _write_jsonl(path: Path, rows: Sequence[dict]) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
+# Serialised `normalizer_spec { add_dummy_prefix: true }`: appended to a model, it is merged into it.
+_DUMMY_PREFIX = bytes([0x1A, 2, 0x18, 1])
+
+
 def train_tokenizer(out: Path, texts: Sequence[str], vocab_size: int) -> SentencePieceTokenizer:
     """A sentencepiece model in the manner of Llama 2: byte-pair pieces, byte fallback, every space kept."""
     import sentencepiece
@@ -220,6 +224,7 @@ def train_tokenizer(out: Path, texts: Sequence[str], vocab_size: int) -> Sentenc
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(line for text in texts for line in text.split("\n") if line),
+        add_dummy_prefix=False,  # so the words that begin lines become pieces too, without a space
         model_writer=model,
         model_type="bpe",
         vocab_size=vocab_size,
@@ -232,7 +237,7 @@ def train_tokenizer(out: Path, texts: Sequence[str], vocab_size: int) -> Sentenc
         minloglevel=2,
     )
     path = out / "tokenizer.model"
-    path.write_bytes(model.getvalue())
+    path.write_bytes(model.getvalue() + _DUMMY_PREFIX)
     settings = {
         "tokenizer_class": "LlamaTokenizer",
         "bos_token": "<s>",
