@@ -5,10 +5,11 @@ BIN    := .venv/bin
 
 .PHONY: install demo test lint bench-prepare clean
 
-install: .venv/installed
+install: .venv/installed-torch-$(TORCH)
 
-.venv/installed: setup.py pyproject.toml
+.venv/installed-torch-$(TORCH): setup.py pyproject.toml
 	$(PYTHON) -m venv .venv
+	rm -f .venv/installed-torch-*
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools
 	$(BIN)/python -m pip install --quiet "torch==$(TORCH)"
 	$(BIN)/python -m pip install --quiet -e ".[test]"

@@ -15,7 +15,14 @@ REQUIREMENTS = [
     "rich>=13",
     "matplotlib>=3.8",
 ]
-TEST_REQUIREMENTS = ["transformers>=4.57", "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9"]
+TEST_REQUIREMENTS = [
+    "transformers>=4.57",
+    "protobuf>=4",
+    "pytest>=8",
+    "pytest-xdist>=3.6",
+    "hypothesis>=6.100",
+    "ruff>=0.9",
+]
 
 setup(
     name="whp_fast",
@@ -29,8 +36,5 @@ setup(
     package_dir={"whp_kernels": "kernels/whp_kernels"},
     package_data={"whp_fast": ["configs/*.yaml"]},
     install_requires=REQUIREMENTS,
-    extras_require={
-        "test": TEST_REQUIREMENTS,
-        "gpu": ["triton>=3.6", "flash-attn>=2.8", "bitsandbytes>=0.50"],
-    },
+    extras_require={"test": TEST_REQUIREMENTS},
 )

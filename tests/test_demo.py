@@ -56,7 +56,7 @@ def test_second_run_makes_nothing_again(run, capsys):
     before = (run / "world" / "base" / "model.safetensors").stat().st_mtime_ns
     assert demo.main(["--size", "tiny", "--out", str(run)]) == 0
     assert (run / "world" / "base" / "model.safetensors").stat().st_mtime_ns == before
-    assert capsys.readouterr().out.count("complete") == 1 + 8 + 1  # the world, its stages and the report
+    assert capsys.readouterr().out.count("complete") == 1 + 7 + 1  # the world, seven stages, the report
 
 
 def test_world_is_the_same_every_time(run, tmp_path):

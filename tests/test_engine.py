@@ -45,7 +45,7 @@ def corpus(n_blocks=9, short=3, seed=0):
     return Blocks.of(tokens, CONTEXT), labels
 
 
-def run(model=None, data=None, labels="own", seed=5, dtype=torch.float32, **settings):
+def run(model=None, data=None, labels="own", seed=5, dtype=torch.float32, look=None, **settings):
     """(records, parameters) after training."""
     model = model or tiny_model()
     blocks, own = data or corpus()
@@ -58,7 +58,7 @@ def run(model=None, data=None, labels="own", seed=5, dtype=torch.float32, **sett
         TrainConfig(**{**DEFAULTS, **settings}),
         **arguments,
         on_step=records.append,
-        after_step=after.append,
+        after_step=lambda step: (after.append(step), look and look(step)),
     )
     assert after == list(range(n_steps + 1)) and [r.step for r in records] == after[1:]
     return records, {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -100,13 +100,15 @@ def test_equals_a_plain_loop(labels, clip, schedule):
     records, trained = run(labels=used, **settings)
 
     model = tiny_model()
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.1, fused=False
-    )
+    matrices = [p for p in model.parameters() if p.ndim > 1]  # decay leaves the norms alone
+    norms = [p for p in model.parameters() if p.ndim == 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.98), fused=False)
     plan = plan_steps(len(blocks), TrainConfig(**DEFAULTS), 5)
     for step, (numbers, record) in enumerate(zip(plan, records, strict=True)):
         lr = 1e-3 * (1 - step / 3 if schedule == "linear" else 1)
-        optimizer.param_groups[0]["lr"] = lr
+        for group in optimizer.param_groups:
+            group["lr"] = lr
         loss, count = plain_step_loss(model, blocks, used, numbers)
         optimizer.zero_grad()
         loss.backward()
@@ -235,21 +237,34 @@ def test_gradient_that_is_not_finite(clip):
     assert "step 2 is not finite" in message and "loss (nan)" not in message
 
 
-def test_step_without_a_label():
+def test_step_without_a_label_makes_no_update():
     blocks, labels = corpus()
     plan = plan_steps(len(blocks), TrainConfig(**{**DEFAULTS, "batch_blocks": 1, "accumulate": 1}), 5)
     second = int(plan[1][0])
     labels = labels.copy()
     labels[second * CONTEXT : (second + 1) * CONTEXT] = -100
+    seen = []
     model = tiny_model()
-    with pytest.raises(UserError, match="train: step 2 has no position with a label"):
-        run(model, (blocks, labels), batch_blocks=1, accumulate=1)
-    run(tiny_model(), (blocks, labels), batch_blocks=2, accumulate=1)  # beside another block it may be
+
+    def look(step):
+        seen.append({name: p.detach().clone() for name, p in model.named_parameters()})
+
+    records, _ = run(model, (blocks, labels), batch_blocks=1, accumulate=1, look=look)
+    assert records[1].trained == 0 and records[0].trained > 0 and len(records) == len(plan)
+    assert all(torch.equal(seen[1][name], seen[2][name]) for name in seen[1])
+    assert not all(torch.equal(seen[0][name], seen[1][name]) for name in seen[0])
+    assert not all(torch.equal(seen[2][name], seen[3][name]) for name in seen[2])
 
 
-def test_no_steps():
-    records, parameters = run(data=(Blocks.of(np.zeros(0, np.uint16), CONTEXT), np.zeros(0, np.int64)))
-    assert records == [] and unchanged(parameters)
+@pytest.mark.parametrize("kind", ["no label", "no token"])
+def test_nothing_to_train_is_refused(kind):
+    blocks, labels = corpus()
+    if kind == "no token":
+        blocks, labels = Blocks.of(np.zeros(0, np.uint16), CONTEXT), np.zeros(0, np.int64)
+    with pytest.raises(UserError, match="train: no position of the corpus has a label"):
+        run(data=(blocks, np.full_like(labels, -100)))
+    with pytest.raises(UserError, match="no position"):
+        run(data=(Blocks.of(np.zeros(1, np.uint16), CONTEXT), None))
 
 
 def unchanged(parameters):

@@ -30,7 +30,6 @@ from whp_fast.prompts import (
     MultipleChoice,
     ProbabilityPrompt,
     load_choices,
-    load_expressions,
     load_familiarity_prompts,
     load_probability_prompts,
     load_texts,
@@ -691,15 +690,6 @@ def test_empty_texts(tmp_path):
     (tmp_path / "folder").mkdir()
     with pytest.raises(UserError, match="holds no .txt or .jsonl file"):
         load_texts(tmp_path / "folder")
-
-
-def test_expressions_of_a_dictionary(tmp_path):
-    assert load_expressions(write(tmp_path, "a.json", {"Orrin": "Paul", "Glimmerhall": ["school"]})) == [
-        "Orrin",
-        "Glimmerhall",
-    ]
-    with pytest.raises(UserError, match="maps expressions to generic ones"):
-        load_expressions(write(tmp_path, "b.json", ["Orrin"]))
 
 
 # ---- the command line ------------------------------------------------------------------------------------

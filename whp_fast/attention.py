@@ -70,6 +70,10 @@ def attention(
     if key_mask is not None:
         mask = key_mask[:, None, None, :] if mask is None else mask & key_mask[:, None, None, :]
     grouped = q.shape[1] != k.shape[1]
+    if grouped and q.is_cuda and q.dtype == torch.float32:
+        # no fused kernel of SDPA takes float32 with grouped heads; repeated heads are smaller than all scores
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+        grouped = False
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
 
 

@@ -126,8 +126,10 @@ class LabelConfig:
     """Strength of the offset; the labels of this alpha are trained."""
     more_alphas: list[float] = field(default_factory=list)
     """Label sets of other strengths, made in the same pass and kept beside."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """dtype of the two models in the label pass; logits are float32 all the same."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """dtype of the two models in the label pass; logits are float32 all the same. A narrow one rounds away
+    part
+    of what the reinforced model learned: bfloat16 keeps 8 bits of a weight, float16 11."""
     batch_blocks: int = 8
     """Blocks per forward pass."""
     chunk_mib: int = 256
@@ -187,8 +189,9 @@ class EvaluateConfig:
 class ExportConfig:
     """The folder of the unlearned model."""
 
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    """dtype of the written weights."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """dtype of the written weights; "after" is measured on weights rounded so. Most changes that a learning
+    rate of 1e-6 makes are smaller than half a step of bfloat16, which would undo them."""
     shard_mib: int = 5120
     """Largest weight file."""
     name: str = ""
@@ -206,8 +209,8 @@ class RunConfig:
     """Run folder; a job that was stopped goes on there."""
     seed: int = 0
     """Of everything random."""
-    device: str = "auto"
-    """cpu, cuda or auto."""
+    device: str = "cpu"
+    """cpu, cuda, or auto: cuda where there is one."""
     threads: int = 0
     """CPU threads; 0: all cores."""
 
@@ -230,6 +233,12 @@ class JobConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
+        if self.anchors.reference_rules and self.anchors.match_across_lines:
+            raise UserError(
+                "anchors.match_across_lines: the reference rules match token by token and know no such "
+                "thing; "
+                "set it or anchors.reference_rules to false."
+            )
         required = {
             "model.path": self.model.path,
             "data.corpus": self.data.corpus,

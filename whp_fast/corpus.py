@@ -24,6 +24,9 @@ from whp_fast.tokens import Tokenizer
 _READ_BYTES = 1 << 20
 _PART_CHARACTERS = 1 << 14  # sentencepiece slows down on long strings; parts this long run at full speed
 _BATCH_PARTS = 32
+_NEWLINE_WITHIN = 1 << 16  # characters in which to look for a newline before a space will do
+_NEWLINE_LETTER = re.compile(r"\n(?=[^\W\d_])")
+_SPACE_BETWEEN_LETTERS = re.compile(r"(?<=[^\W\d_]) (?=[^\W\d_])")
 _REFERENCE_CHUNK = 10_000  # characters; the reference code's fixed chunks (rule m)
 _HALF_PAIR = re.compile("[\ud800-\udfff]")
 _TEXT_SUFFIXES = (".txt", ".jsonl")
@@ -228,31 +231,36 @@ def _text_of_line(path: Path, number: int, line: str, field: str, errors: str) -
 
 
 def _parts(document: Iterator[str], tokenizer: Tokenizer) -> Iterator[str]:
-    """A document in parts that tokenise as the whole does: cut only at a newline in front of a letter."""
-    shift = 1 if tokenizer.splits_after_newline else 0
-    may_split = shift == 1 or tokenizer.splits_before_newline
+    """A document in parts that tokenise as the whole does.
+
+    Cut at a newline in front of a letter; in a text that has none for long (verse, one long line), before a
+    space between letters.
+    """
     pending = ""
     for text in document:
         pending += text
-        if not may_split:
-            continue
         start = 0
         while len(pending) - start > _PART_CHARACTERS:
-            newline = _newline_before_letter(pending, start + _PART_CHARACTERS)
-            if newline is None:
+            cut = _safe_cut(pending, start + _PART_CHARACTERS, tokenizer)
+            if cut is None:
                 break
-            yield pending[start : newline + shift]
-            start = newline + shift
+            yield pending[start:cut]
+            start = cut
         pending = pending[start:]
     if pending:
         yield pending
 
 
-def _newline_before_letter(text: str, start: int) -> int | None:
-    while (newline := text.find("\n", start)) >= 0:
-        if newline + 1 < len(text) and text[newline + 1].isalpha():
-            return newline
-        start = newline + 1
+def _safe_cut(text: str, start: int, tokenizer: Tokenizer) -> int | None:
+    shift = 1 if tokenizer.splits_after_newline else 0
+    if shift == 1 or tokenizer.splits_before_newline:
+        newline = _NEWLINE_LETTER.search(text, start, start + _NEWLINE_WITHIN)
+        if newline:
+            return newline.start() + shift
+    if len(text) - start > _NEWLINE_WITHIN and tokenizer.splits_before_space:
+        space = _SPACE_BETWEEN_LETTERS.search(text, start)
+        if space:
+            return space.start()
     return None
 
 

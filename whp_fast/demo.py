@@ -15,6 +15,7 @@ import argparse
 import io
 import json
 import math
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -29,13 +30,13 @@ from whp_fast.checkpoint import save_model
 from whp_fast.config import TrainConfig, parse_config
 from whp_fast.corpus import Blocks, TokenWriter, corpus_files, tokenise_corpus
 from whp_fast.engine import plan_steps, train
-from whp_fast.errors import UserError
+from whp_fast.errors import UserError, exit_status
 from whp_fast.model import Llama
 from whp_fast.model_config import LlamaConfig
 from whp_fast.progress import say, track
 from whp_fast.saga import make_world
 from whp_fast.tokens import SentencePieceTokenizer, Tokenizer, load_tokenizer
-from whp_fast.train import exit_status, run_job
+from whp_fast.train import run_job
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ RECIPES = {
 }
 
 
-def make_demo(out: Path, size: str = "demo", seed: int = 0) -> dict:
+def make_demo(out: Path, size: str = "demo", seed: int = 0, *, overwrite: bool = False) -> dict:
     """Make the saga's world in a folder, unless it is there already.
 
     Writes ``saga/*.txt`` (the target), ``general.jsonl``, ``heldout.jsonl``, ``anchors.json``,
@@ -101,8 +102,13 @@ def make_demo(out: Path, size: str = "demo", seed: int = 0) -> dict:
     if done is not None:
         say(f"  [bold]{'world':<11}[/bold]  complete  {out}")
         return done
+    if (out / "world.json").is_file() and not overwrite:
+        raise UserError(
+            f"{out}: another world (size or seed) is there; choose another --out, or add --overwrite."
+        )
     seconds: dict[str, float] = {}
     out.mkdir(parents=True, exist_ok=True)
+    (out / "world.json").unlink(missing_ok=True)
     with _timed(seconds, "world"):
         world = make_world(seed, size)
         _write_world(out, world)
@@ -199,7 +205,8 @@ def _books_job(out: Path, target: Path, examples: Path, context: int) -> str:
 
 
 def _write_world(out: Path, world) -> None:
-    (out / "saga").mkdir(exist_ok=True)
+    shutil.rmtree(out / "saga", ignore_errors=True)
+    (out / "saga").mkdir()
     for number, chapter in enumerate(world.saga):
         (out / "saga" / f"{number:04d}.txt").write_text(chapter, encoding="utf-8")
     _write_jsonl(out / "general.jsonl", [{"text": text} for text in world.everyday + world.knowledge])
@@ -353,9 +360,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run_saga(options: argparse.Namespace) -> None:
-    out = options.out or Path("runs/demo")
+    out = options.out or Path("runs") / options.size
     began = time.monotonic()
-    seconds = make_demo(out / "world", options.size, options.seed)
+    seconds = make_demo(out / "world", options.size, options.seed, overwrite=options.overwrite)
     if options.world_only:
         return
     world, evaluate = out / "world", "--evaluate."
@@ -400,11 +407,17 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m whp_fast.demo", description="Make a small world and run the whole job on it."
     )
-    parser.add_argument("--out", type=Path, help="folder for the world and the run (default runs/demo)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder for the world and the run (default runs/demo, or runs/tiny for --size tiny)",
+    )
     parser.add_argument("--size", choices=sorted(RECIPES), default="demo", help="size of the saga's world")
     parser.add_argument("--seed", type=int, default=0, help="of everything random")
     parser.add_argument("--world-only", action="store_true", help="make the world, do not run the job")
-    parser.add_argument("--overwrite", action="store_true", help="start the run anew")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="make the world and the run anew where others are"
+    )
     parser.add_argument("--books", type=Path, help="folder of plain .txt books to train a small base on")
     parser.add_argument("--target", help="the book of that folder to prepare forgetting for")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer for --books")

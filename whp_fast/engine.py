@@ -76,6 +76,7 @@ def train(
         UserError: no position to train, or a loss or gradient that is not finite; the update is not made
         then.
     """
+    _refuse_nothing_to_train(blocks, labels, settings)
     plan = plan_steps(len(blocks), settings, seed)
     n_steps = len(plan)
     optimizer = _optimizer(model, settings)
@@ -88,11 +89,11 @@ def train(
             group["lr"] = lr
         batches = list(_micro_batches(blocks, labels, numbers, settings.batch_blocks))
         trained = sum(int((y != IGNORE_INDEX).sum()) for _, y in batches)
-        if trained == 0:
-            raise UserError(
-                f"{settings.name}: step {step} has no position with a label; check the labels' statistics."
-            )
-        optimizer.zero_grad(set_to_none=True)
+        tokens = sum(len(blocks[int(number)]) for number in numbers)
+        if trained == 0:  # a step of fully masked blocks, or of a last block of one token: no update
+            on_step(StepRecord(step, 0.0, 0.0, lr, 0, tokens, time.monotonic() - began))
+            after_step(step)
+            continue
         total = torch.zeros((), device=device)
         for input_ids, targets in batches:
             input_ids, targets = input_ids.to(device), targets.to(device)
@@ -119,7 +120,7 @@ def train(
                 "the update was not made, lower the learning rate or check the model's weights."
             )
         optimizer.step()
-        tokens = sum(len(blocks[int(number)]) for number in numbers)
+        optimizer.zero_grad(set_to_none=True)  # evaluation and saving need not live beside gradients
         on_step(StepRecord(step, loss_value, norm_value, lr, trained, tokens, time.monotonic() - began))
         after_step(step)
     return n_steps
@@ -154,6 +155,20 @@ def schedule_factor(step: int, n_steps: int, settings: TrainConfig) -> float:
         return 1.0
     falling = 1.0 - progress if settings.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
     return settings.final_lr_share + (1.0 - settings.final_lr_share) * falling
+
+
+def _refuse_nothing_to_train(blocks: Blocks, labels: np.ndarray | None, settings: TrainConfig) -> None:
+    if labels is None:
+        anything = blocks.n_tokens > 1
+    else:
+        pieces = range(0, len(labels), 1 << 20)
+        anything = any((labels[i : i + (1 << 20)] != IGNORE_INDEX).any() for i in pieces)
+    if not anything:
+        raise UserError(
+            f"{settings.name}: no position of the corpus has a label, so there is nothing to train; use a "
+            "longer "
+            "corpus, or see statistics.json of the label stage for what masks it."
+        )
 
 
 def _optimizer(model: Llama, settings: TrainConfig) -> torch.optim.AdamW:

@@ -29,7 +29,8 @@ from typing import Any
 
 import torch
 
-from whp_fast.errors import UserError
+from whp_fast.anchors import load_dictionary
+from whp_fast.errors import UserError, exit_status
 from whp_fast.judge import Judge, LexicalJudge, familiarity_score
 from whp_fast.prompts import (
     Cloze,
@@ -38,7 +39,6 @@ from whp_fast.prompts import (
     FamiliarityPrompt,
     MultipleChoice,
     ProbabilityPrompt,
-    load_expressions,
     spaced,
 )
 from whp_fast.scoring import (
@@ -306,14 +306,7 @@ def _answer(prompt: str, kind: str, answer: str, given: str, right: bool) -> dic
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status (2 for what the user can mend)."""
     options = _parser().parse_args(arguments)
-    try:
-        _run(options)
-    except UserError as error:
-        if options.debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: _run(options), debug=options.debug)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -364,7 +357,7 @@ def _run(options: argparse.Namespace) -> None:
                 f"--{name.replace('_', '-')} is {value}, but it must be at least {least}; raise it."
             )
     data = files.load()  # before the model: a fault in a file should not cost the loading of the weights
-    judge = LexicalJudge(load_expressions(options.anchors) if options.anchors else ())
+    judge = LexicalJudge(load_dictionary(options.anchors).expressions if options.anchors else ())
     tokenizer = load_tokenizer(options.model)
     model = load_model(options.model, dtype=getattr(torch, options.dtype), device=options.device)
     result = evaluate(

@@ -28,9 +28,9 @@ limits of the base model apply.
 
 ## What was forgotten
 
-{corpus} ({tokens:,} tokens, {documents} document{documents_plural}), with a dictionary of {expressions}
-idiosyncratic expressions. They are not listed here, so that the card does not tell what the model was made to
-forget.
+{corpus} ({tokens:,} tokens, {documents} document{documents_plural}), with a dictionary of
+{expressions} idiosyncratic expressions. They are not listed here, so that the card does not tell what the
+model was made to forget.
 
 ## What was measured
 
@@ -62,7 +62,14 @@ _FIGURE_NAMES = {
 
 
 def export_model(
-    model: Llama, folder: Path, tokenizer: Tokenizer, card: str, *, dtype: torch.dtype, shard_mib: int = 5120
+    model: Llama,
+    folder: Path,
+    tokenizer: Tokenizer,
+    card: str,
+    *,
+    dtype: torch.dtype,
+    shard_mib: int = 5120,
+    base: Path | None = None,
 ) -> None:
     """Write a Hugging Face folder that ``transformers`` loads.
 
@@ -72,8 +79,11 @@ def export_model(
         card: text of the README.md.
         dtype: of the written weights.
         shard_mib: largest weight file.
+        base: folder of the base model; its generation_config.json (stop tokens, sampling) is taken over.
     """
     save_model(model, folder, max_shard_bytes=shard_mib << 20, dtype=dtype)
+    if base is not None and (base / "generation_config.json").is_file():
+        shutil.copyfile(base / "generation_config.json", folder / "generation_config.json")
     for file in tokenizer.files:
         shutil.copyfile(file, folder / file.name)
     (folder / "README.md").write_text(card, encoding="utf-8")

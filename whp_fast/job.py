@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -40,6 +41,10 @@ class Job:
         self.device = _device(config.run.device)
         if config.run.threads:
             torch.set_num_threads(config.run.threads)
+        if self.device.type == "cuda":
+            # the same seed gives the same bits; cuBLAS reads the variable when it starts
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True, warn_only=True)
         self.inputs = Inputs(config)
         self.stages: dict[str, Stage] = {}
         self.run = RunFolder(Path(config.run.dir), config.settings(), overwrite=overwrite)
@@ -220,6 +225,8 @@ class Job:
                     if self.inputs.evaluation is None:
                         break
                     model = load_model(path, dtype=torch.float32, device=self.device)
+                    if name == "after":  # what is measured is what is exported, rounding included
+                        model.to(getattr(torch, self.config.export.dtype)).float()
                     result = self._evaluate(model, None)
                     write_json(folder / f"{name}.json", result.to_json())
                     if self.inputs.evaluation.probability:
@@ -227,11 +234,12 @@ class Job:
                         tables = next_token_table(model, self.inputs.tokenizer, prompts)
                         write_json(folder / f"next_tokens_{name}.json", tables)
                     figures[name] = result.figures
+                    del model  # before the next one is read
                     advance(1)
             return figures
 
         depends = {"evaluate": self.inputs.evaluation_digest(), "unlearn": self.stages["unlearn"].fingerprint}
-        depends["model"] = self.inputs.model_digest
+        depends |= {"model": self.inputs.model_digest, "dtype": self.config.export.dtype}
         if "oracle" in models:
             depends["oracle"] = files_digest(model_files(models["oracle"]), sampled=True)
         stage = self._stage("evaluate", depends, work)
@@ -248,9 +256,7 @@ class Job:
         settings = self.config.export
 
         def work(folder: Path) -> dict:
-            model = load_model(
-                self.stages["unlearn"].folder / "model", dtype=torch.float32, device=self.device
-            )
+            model = load_model(self.stages["unlearn"].folder / "model", dtype=torch.float32)
             figures = self.stages["evaluate"].summary
             card = model_card(
                 name=settings.name or f"{self.inputs.base.name}-unlearned",
@@ -270,6 +276,7 @@ class Job:
                 card,
                 dtype=getattr(torch, settings.dtype),
                 shard_mib=settings.shard_mib,
+                base=self.inputs.base,
             )
             return {}
 

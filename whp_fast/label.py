@@ -41,7 +41,7 @@ def label_blocks(
     match_across_lines: bool = False,
     batch_size: int = 8,
     chunk_mib: int = 256,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
 ):
     """Generic labels for blocks of tokens (arXiv 2310.02238, section 2).
 
@@ -59,7 +59,8 @@ def label_blocks(
         match_across_lines: a line break in the text matches a space in an expression.
         batch_size: blocks per forward pass.
         chunk_mib: memory for one chunk of logits.
-        device: where folders are loaded and input ids are sent.
+        device: where folders are loaded, and where input ids are sent to a callable that has no parameters;
+            by default the CPU. A module gets its ids on its own device.
 
     Returns:
         int64 labels in the shape of ``blocks`` (a list for a sequence; one such set per alpha, in a list,
@@ -127,13 +128,14 @@ class Labeller:
         *,
         batch_size: int = 8,
         chunk_mib: int = 256,
-        device: str | torch.device = "cpu",
+        device: str | torch.device | None = None,
     ):
+        device = torch.device(device or "cpu")
         self.base, self.reinforced = _loaded(base, device), _loaded(reinforced, device)
         self.alphas = list(alphas)
         self.batch_size = batch_size
         self.chunk_mib = chunk_mib
-        self.device = torch.device(device)
+        self.device = device
         self._first_tokens = aligner.first_tokens()
         self._both_llamas = isinstance(self.base, Llama) and isinstance(self.reinforced, Llama)
 
@@ -184,6 +186,8 @@ class Labeller:
         row_offsets, tokens = _used_before(alignment, numbers, positions, block_of, self._first_tokens)
         base, base_head = self._rows(self.base, translated, base_rows)
         reinforced, reinforced_head = self._rows(self.reinforced, original, reinforced_rows)
+        reinforced = reinforced.to(base.device)
+        reinforced_head = None if reinforced_head is None else reinforced_head.to(base.device)
         labels, own = generic_labels(
             base,
             reinforced,
@@ -199,7 +203,8 @@ class Labeller:
 
     def _rows(self, model, input_ids: np.ndarray, rows: np.ndarray) -> tuple[Tensor, Tensor | None]:
         """Hidden states and head, or (of a model that is not ours) logits, at flat positions of a batch."""
-        ids = torch.from_numpy(input_ids).to(self.device)
+        parameter = next(model.parameters(), None) if isinstance(model, torch.nn.Module) else None
+        ids = torch.from_numpy(input_ids).to(self.device if parameter is None else parameter.device)
         index = torch.from_numpy(rows.astype(np.int64))
         if self._both_llamas:
             hidden = model.hidden_states(ids)

@@ -185,18 +185,6 @@ def load_texts(path: Path | str) -> list[str]:
     return [text]
 
 
-def load_expressions(path: Path | str) -> list[str]:
-    """The idiosyncratic expressions of an anchor dictionary ``{"expression": "generic" or [...], ...}``."""
-    path = Path(path)
-    content = _parse(_read(path), path, "")
-    if not isinstance(content, dict) or not content:
-        raise UserError(
-            f"{path}: found {_shown(content)}, but an anchor dictionary is an object {{ }} that maps "
-            "expressions to generic ones; write it so."
-        )
-    return list(content)
-
-
 def spaced(items: Sequence[Item] | None, count: int | None) -> Sequence[Item] | None:
     """`count` of the items, evenly spaced from the first on (all of them where there are no more)."""
     if items is None or count is None or len(items) <= count:

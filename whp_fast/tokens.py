@@ -155,6 +155,21 @@ class Tokenizer:
         """
         return self._may_cut(0)
 
+    @functools.cached_property
+    def splits_before_space(self) -> bool:
+        """Whether a text may be cut before a single space between two letters without changing any token.
+
+        True when no piece of the vocabulary goes on after a space, and samples keep their tokens.
+        """
+        for token in range(self.vocab_size):
+            if b" " in self.token_bytes(token).lstrip(b" "):
+                return False
+        samples = (("The cat", " sat on"), ("a", " b"), ("It's\n\nThe end", " was near"), ("été", " là"))
+        return all(
+            self.encode_inside(head + tail) == self.encode_inside(head) + self.encode_inside(tail)
+            for head, tail in samples
+        )
+
     def _may_cut(self, shift: int) -> bool:
         """Whether samples keep their tokens when cut ``shift`` characters after the start of their last
         newline."""

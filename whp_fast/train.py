@@ -1,6 +1,6 @@
 """The whole job: a model folder, a corpus and a dictionary go in, an unlearned model folder comes out.
 
-    prepare -> anchors -> align -> reinforce -> label -> unlearn -> evaluate -> export -> report
+    prepare -> align -> reinforce -> label -> unlearn -> evaluate -> export -> report
 
 Each stage leaves finished artifacts in the run folder and is skipped when they are complete and what they
 depend on has not changed. Run as ``torchrun -m whp_fast.train --config CONFIG [--section.key value ...]``, or
@@ -12,13 +12,13 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.markup import escape
 
 from whp_fast.config import JobConfig, parse_config
-from whp_fast.errors import UserError
+from whp_fast.errors import UserError, exit_status
 from whp_fast.job import Job
 from whp_fast.progress import console, say
 
@@ -63,25 +63,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(f"[bold]done[/bold] in {time.monotonic() - began:.0f} s: {escape(str(folder))}")
 
     return exit_status(work, debug="--debug" in arguments)
-
-
-def exit_status(work: Callable[[], None], *, debug: bool = False) -> int:
-    """Run a command's work; tell what the user can mend in one line, without a traceback unless ``debug``."""
-    try:
-        work()
-    except (UserError, OSError) as error:
-        if debug:
-            raise
-        told = str(error)
-        if isinstance(error, OSError):  # the system refused something that no stage expects
-            what = f"{error.filename or 'run.dir'}: {error.strerror or error}"
-            told = f"{what}; check the path, its rights and the free space."
-        print("error: " + " ".join(told.splitlines()), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; finished stages are kept, the same command goes on from there", file=sys.stderr)
-        return 130
-    return 0
 
 
 def _refuse_many_processes() -> None:

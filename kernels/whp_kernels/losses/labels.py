@@ -61,6 +61,7 @@ def generic_labels(
     )  # two sets of logits and three temporaries of their size
     labels = torch.empty((len(alphas), n), dtype=torch.int64, device=base.device)
     own = torch.empty(n, dtype=torch.int64, device=base.device)
+    base_head, reinforced_head = _prepared(base_head, base), _prepared(reinforced_head, reinforced)
     for start in range(0, n, rows):
         part = slice(start, min(start + rows, n))
         v_base = _logits(base[part], base_head)
@@ -80,7 +81,14 @@ def _logits(rows: Tensor, head: Tensor | None) -> Tensor:
     """Float32 logits (float64 stays): from the accumulator of the product, never rounded before."""
     if head is None:
         return rows if rows.dtype == torch.float64 else rows.float()
-    if rows.is_cuda and rows.dtype == head.dtype and rows.dtype.itemsize == 2:
+    if head.dtype.itemsize == 2:  # on a GPU, see _prepared
         return torch.mm(rows, head.t(), out_dtype=torch.float32)
-    dtype = torch.promote_types(torch.promote_types(rows.dtype, head.dtype), torch.float32)
-    return rows.to(dtype) @ head.to(dtype).t()
+    return rows.to(head.dtype) @ head.t()
+
+
+def _prepared(head: Tensor | None, rows: Tensor) -> Tensor | None:
+    """The head in the dtype of its product, once for all chunks: as it is where a GPU gives float32 results
+    of narrow operands, else in float32 (or float64)."""
+    if head is None or (rows.is_cuda and rows.dtype == head.dtype and rows.dtype.itemsize == 2):
+        return head
+    return head.to(torch.promote_types(torch.promote_types(rows.dtype, head.dtype), torch.float32))
