@@ -271,6 +271,7 @@ def test_corpus_without_text(content, tmp_path):
 def test_memory_does_not_grow_with_a_document(tmp_path, monkeypatch):
     """At most one read and one batch of parts are held: no part passes on more than it must."""
     tokenizer = tokenizer_of("sentencepiece")
+    assert tokenizer.splits_after_newline  # found out, and remembered, before its encoder is replaced
     sizes = []
     monkeypatch.setattr(
         type(tokenizer),
@@ -281,3 +282,17 @@ def test_memory_does_not_grow_with_a_document(tmp_path, monkeypatch):
     assert path.stat().st_size > 2 << 20
     tokenise([path], tokenizer, tmp_path)
     assert max(sizes) < 32 * 20_000 and len(sizes) > 4
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "bpe-json"])
+def test_a_text_without_newlines_is_cut_before_spaces(kind, tmp_path, monkeypatch):
+    """Verse, or one long line: parts stay small, and the tokens are those of the whole."""
+    monkeypatch.setattr(corpus, "_NEWLINE_WITHIN", 300)
+    monkeypatch.setattr(corpus, "_PART_CHARACTERS", 100)
+    tokenizer = tokenizer_of(kind)
+    assert tokenizer.splits_before_space
+    text = " ".join(paragraphs(np.random.default_rng(3), 60).split()) + "\n  and  two  spaces 7 times, é à la"
+    parts = list(corpus._parts(iter([text[:5000], text[5000:]]), tokenizer))
+    assert len(parts) > 10 and max(map(len, parts)) < 700 and "".join(parts) == text
+    encoded = tokenizer.encode(parts[0]) + [i for part in parts[1:] for i in tokenizer.encode_inside(part)]
+    assert encoded == tokenizer.encode(text)

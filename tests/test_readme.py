@@ -62,6 +62,15 @@ def test_path_exists(name):
         assert (ROOT / name).exists(), name
 
 
+@pytest.mark.parametrize("name", [text for text in INLINE if re.fullmatch(r"whp_fast(\.\w+){2,3}", text)])
+def test_function_exists(name):
+    _, module, *attributes = name.split(".")
+    thing = importlib.import_module(f"whp_fast.{module}")
+    for attribute in attributes:
+        thing = getattr(thing, attribute)
+    assert thing.__doc__
+
+
 def test_settings_named_in_the_text_exist():
     job = parse_config(["--model.path", "m", "--data.corpus", "[c]", "--anchors.path", "a"]).settings()
     named = [
