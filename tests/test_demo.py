@@ -59,6 +59,13 @@ def test_second_run_makes_nothing_again(run, capsys):
     assert capsys.readouterr().out.count("complete") == 1 + 7 + 1  # the world, seven stages, the report
 
 
+def test_another_world_is_not_written_over(run, capsys):
+    assert demo.main(["--size", "tiny", "--seed", "7", "--out", str(run)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "another world" in error and "--overwrite" in error
+    assert demo.main(["--size", "tiny", "--out", str(run)]) == 0  # the first is still there
+
+
 def test_world_is_the_same_every_time(run, tmp_path):
     assert demo.main(["--size", "tiny", "--out", str(tmp_path), "--world-only"]) == 0
     for name in ("base/model.safetensors", "anchors.json", "general.jsonl", "tokenizer.model"):

@@ -325,6 +325,10 @@ def test_schedules():
     cosine = [0.5 * (1 + math.cos(math.pi * k / 4)) for k in range(4)]
     assert factors(4, schedule="cosine") == pytest.approx(cosine)
     assert factors(1, schedule="linear") == factors(1, schedule="cosine") == [1]
+    assert factors(4, schedule="linear", final_lr_share=0.5) == pytest.approx([1, 0.875, 0.75, 0.625])
+    assert factors(4, schedule="constant", final_lr_share=0.5) == [1, 1, 1, 1]
+    with pytest.raises(UserError, match="train.final_lr_share: 1.5 is no share"):
+        factors(4, schedule="linear", final_lr_share=1.5)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])

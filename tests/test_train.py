@@ -29,6 +29,7 @@ from tiny_world import (
 
 from whp_fast import artifacts, config, train
 from whp_fast.checkpoint import load_model
+from whp_fast.evaluate import perplexity
 from whp_fast.label import label_blocks
 from whp_fast.tokens import load_tokenizer
 
@@ -127,6 +128,19 @@ def test_tokens_are_the_whole_corpus_and_the_labels_those_of_the_function(finish
     np.testing.assert_array_equal(labels, np.concatenate(expected))
     assert (labels >= 0).sum() > len(labels) // 2
     assert (labels == -100).any()
+
+
+def test_after_is_measured_on_the_weights_as_exported(job, capsys):
+    """bfloat16 may round away what was learned: then the figures must say so."""
+    assert command(capsys, arguments("rounded", export__dtype="bfloat16")).status == 0
+    told = json.loads(Path("rounded/evaluate/after.json").read_text())["general_perplexity"]
+    tokenizer, texts = load_tokenizer("world/base"), [Path("world/general.txt").read_text()]
+
+    def measured(folder):
+        return perplexity(load_model(folder), tokenizer, texts, context=CONTEXT)[0]
+
+    assert told == pytest.approx(measured("rounded/export"), rel=1e-12)
+    assert told != pytest.approx(measured("rounded/unlearn/model"), rel=1e-6)
 
 
 def test_transformers_loads_the_exported_folder_with_the_same_logits(finished):

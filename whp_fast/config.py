@@ -97,6 +97,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _refuse_below(self, self.name, above_zero=("lr", "batch_blocks", "accumulate", "loss_chunk_mib"))
         _refuse_below(self, self.name, from_zero=("steps", "warmup_steps", "weight_decay", "clip_grad_norm"))
+        if not 0 <= self.final_lr_share <= 1:
+            raise UserError(
+                f"{self.name}.final_lr_share: {self.final_lr_share} is no share; set a value from 0 to 1."
+            )
         if self.steps == 0 and not 0 < self.epochs < math.inf:
             raise UserError(
                 f"{self.name}.epochs: {self.epochs} leaves nothing to train; set epochs above 0, or steps."

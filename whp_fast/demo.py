@@ -104,7 +104,7 @@ def make_demo(out: Path, size: str = "demo", seed: int = 0, *, overwrite: bool =
         return done
     if (out / "world.json").is_file() and not overwrite:
         raise UserError(
-            f"{out}: another world (size or seed) is there; choose another --out, or add --overwrite."
+            f"{out}: another world (size, seed or version) is there; set another --out, or --overwrite."
         )
     seconds: dict[str, float] = {}
     out.mkdir(parents=True, exist_ok=True)
