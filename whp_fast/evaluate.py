@@ -18,6 +18,7 @@ Everything is deterministic: greedy decoding, float32 softmax, a fixed subset wh
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import re
@@ -264,11 +265,7 @@ def perplexity(
     Each text is one document: BOS (if the tokenizer has one) and its tokens, cut into blocks of `context`
     tokens that overlap by one, so every token of the document is predicted exactly once.
     """
-    blocks = []
-    for text in texts:
-        ids = document_ids(tokenizer, text)
-        blocks += [ids[i : i + context] for i in range(0, len(ids) - 1, context - 1)]
-    blocks = spaced(blocks, max_blocks)
+    blocks = spaced(_text_blocks(tokenizer, tuple(texts), context), max_blocks)
     total, count = 0.0, 0
     for log_probs in target_log_probs(model, blocks, batch_size):
         total -= log_probs.sum(dtype=torch.float64).item()
@@ -277,6 +274,15 @@ def perplexity(
         return None, 0
     mean = total / count
     return (math.exp(mean) if mean < 700 else math.inf), count  # a diverged model would overflow exp
+
+
+@functools.lru_cache(maxsize=1)  # the points of a curve ask for the same texts again and again
+def _text_blocks(tokenizer, texts: tuple[str, ...], context: int) -> list[list[int]]:
+    blocks = []
+    for text in texts:
+        ids = document_ids(tokenizer, text)
+        blocks += [ids[i : i + context] for i in range(0, len(ids) - 1, context - 1)]
+    return blocks
 
 
 def next_token_table(model, tokenizer, prompts: Sequence[str], k: int = 200) -> list[dict[str, Any]]:
