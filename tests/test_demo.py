@@ -92,12 +92,15 @@ def test_books_prepare_a_job_that_runs(run, tmp_path, capsys, monkeypatch):
         "--epochs",
         "0.1",
     ]
-    arguments += ["--tokenizer", str(run / "world/tokenizer.model"), "--out", str(tmp_path / "out")]
+    own_name = tmp_path / "other_name.model"  # the model's folder must hold it under the usual name
+    own_name.write_bytes((run / "world/tokenizer.model").read_bytes())
+    arguments += ["--tokenizer", str(own_name), "--out", str(tmp_path / "out")]
     assert demo.main(arguments) == 0
     assert "python -m whp_fast.train --config" in capsys.readouterr().out
     job = ["--config", str(tmp_path / "out/job.yaml"), "--unlearn.steps", "1", "--reinforce.steps", "1"]
     assert train.main([*job, "--evaluate.max_new_tokens", "2", "--unlearn.evaluate_every", "0"]) == 0
     assert (tmp_path / "out/run/export/model.safetensors").is_file()
+    assert (tmp_path / "out/run/export/tokenizer.model").read_bytes() == own_name.read_bytes()
 
 
 @pytest.mark.parametrize(

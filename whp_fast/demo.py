@@ -329,8 +329,7 @@ def _shuffled_passes(documents: Sequence[np.ndarray], passes: float, seed: int) 
 def _save(model: Llama, tokenizer: Tokenizer, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     save_model(model, folder)
-    for file in tokenizer.files:
-        (folder / file.name).write_bytes(file.read_bytes())
+    tokenizer.copy_to(folder)
 
 
 def _finished(out: Path, key: str) -> dict | None:

@@ -84,8 +84,7 @@ def export_model(
     save_model(model, folder, max_shard_bytes=shard_mib << 20, dtype=dtype)
     if base is not None and (base / "generation_config.json").is_file():
         shutil.copyfile(base / "generation_config.json", folder / "generation_config.json")
-    for file in tokenizer.files:
-        shutil.copyfile(file, folder / file.name)
+    tokenizer.copy_to(folder)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 

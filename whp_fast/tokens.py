@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -191,6 +192,12 @@ class Tokenizer:
 
     def _is_byte(self, token: int) -> bool:
         return False
+
+    def copy_to(self, folder: Path) -> None:
+        """Put the tokenizer's files beside a model, under the names by which they are looked for there."""
+        for file in self.files:
+            usual = "tokenizer.json" if self.kind == "bpe-json" else "tokenizer.model"
+            shutil.copyfile(file, folder / (usual if file == self.path else file.name))
 
     @property
     def files(self) -> list[Path]:
