@@ -20,7 +20,7 @@ from rich.markup import escape
 from whp_fast.config import JobConfig, parse_config
 from whp_fast.errors import UserError, exit_status
 from whp_fast.job import Job
-from whp_fast.progress import console, say
+from whp_fast.progress import say
 
 
 def run_job(
@@ -74,5 +74,4 @@ def _refuse_many_processes() -> None:
 
 
 if __name__ == "__main__":
-    console.soft_wrap = True
     sys.exit(main())
