@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from whp_kernels.losses import IGNORE_INDEX, linear_cross_entropy
+from whp_kernels.losses import IGNORE_INDEX, linear_combination_loss
 
 from whp_fast.config import TrainConfig
 from whp_fast.corpus import Blocks
@@ -99,11 +99,11 @@ def train(
             input_ids, targets = input_ids.to(device), targets.to(device)
             with torch.autocast(device.type, dtype=compute_dtype, enabled=compute_dtype != torch.float32):
                 hidden = model.hidden_states(input_ids)
-            loss = linear_cross_entropy(
-                hidden.flatten(0, 1),
+            loss = linear_combination_loss(
+                hidden,
                 model.lm_head_weight,
-                targets.flatten(),
-                denominator=trained,
+                targets,
+                num_items_in_batch=trained,
                 ignore_index=IGNORE_INDEX,
                 compute_dtype=compute_dtype,
                 chunk_mib=settings.loss_chunk_mib,

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from whp_kernels.losses import IGNORE_INDEX, generic_labels
+from whp_kernels.losses import IGNORE_INDEX, RowEdits, generic_labels
 
 from whp_fast.alignment import Aligner, Alignment
 from whp_fast.anchors import Dictionary, load_dictionary
@@ -194,9 +194,9 @@ class Labeller:
             self.alphas,
             base_head=base_head,
             reinforced_head=reinforced_head,
-            row_offsets=torch.from_numpy(row_offsets).to(base.device),
-            mean_tokens=torch.from_numpy(tokens).to(base.device),
+            row_edits=RowEdits(torch.from_numpy(row_offsets), torch.from_numpy(tokens), "mean").to(base.device),
             ignore_index=IGNORE_INDEX,
+            base_choice=True,
             chunk_mib=self.chunk_mib,
         )
         return labels.cpu().numpy(), own.cpu().numpy()

@@ -5,11 +5,19 @@ import math
 import numpy as np
 import pytest
 import torch
-from whp_kernels.losses import generic_labels, labels, reference
+import whp_kernels
+from whp_kernels import RelativeTop, RowEdits
+from whp_kernels.losses import linear_chunks
 
 ALPHAS = (0.0, 0.5, 5.0, 10.0)
 IGNORE = -100
 INF = math.inf
+
+
+def generic_labels(base, reinforced, alphas=(5.0,), *, row_offsets=None, mean_tokens=None, **choices):
+    """Label sets [alphas, rows] and the base's own choice."""
+    edits = None if row_offsets is None else RowEdits(row_offsets, mean_tokens, "mean")
+    return whp_kernels.generic_labels(base, reinforced, alphas, row_edits=edits, base_choice=True, **choices)
 
 
 def label_of(base_row, reinforced_row, alpha, mean_tokens=(), ignore_index=IGNORE):
@@ -120,17 +128,6 @@ def test_the_offset_is_computed_after_the_mean():
     assert got.tolist() == [[1]] and own.tolist() == [0]
 
 
-def test_means_are_taken_before_any_replacement():
-    logits = integers(4, 8, seed=3, dtype=torch.float64)
-    offsets, tokens = torch.tensor([0, 2, 2, 6, 7]), torch.tensor([1, 0, 7, 7, 3, 2, 5])
-    edited = reference.set_to_row_mean(logits, offsets, tokens)
-    expected = logits.clone()
-    for row in range(4):
-        expected[row, tokens[offsets[row] : offsets[row + 1]]] = logits[row].mean()
-    assert torch.equal(edited, expected) and not torch.equal(edited, logits)
-    assert torch.equal(logits, integers(4, 8, seed=3, dtype=torch.float64))  # the input is left alone
-
-
 # ----------------------------------------------------------------- hidden states and chunks
 
 
@@ -151,9 +148,9 @@ def problem(n=23, vocab=640, width=5, seed=0, dtype=torch.float32):
     return hidden, heads, offsets, tokens
 
 
-@pytest.mark.parametrize("chunk_mib", [0, 1, 256])
+@pytest.mark.parametrize("choices", [{"chunk_mib": 1}, {"chunk_mib": 256}, {"store_free": True}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_hidden_states_and_chunks_equal_whole_logits(dtype, chunk_mib, monkeypatch):
+def test_hidden_states_and_chunks_equal_whole_logits(dtype, choices, monkeypatch):
     (base, reinforced), (base_head, reinforced_head), offsets, tokens = problem(vocab=20_000, dtype=dtype)
     logits = [(h.double() @ w.double().t()) for h, w in ((base, base_head), (reinforced, reinforced_head))]
     edit = {"row_offsets": offsets, "mean_tokens": tokens}
@@ -164,16 +161,68 @@ def test_hidden_states_and_chunks_equal_whole_logits(dtype, chunk_mib, monkeypat
         assert expected[k, ::7].tolist() == plain
 
     seen = []
-    definition = reference.generic_labels
-    monkeypatch.setattr(
-        labels.reference, "generic_labels", lambda b, *rest: seen.append(len(b)) or definition(b, *rest)
-    )
+    whole = linear_chunks.logits
+    monkeypatch.setattr(linear_chunks, "logits", lambda h, *rest: seen.append(len(h)) or whole(h, *rest))
     heads = {"base_head": base_head, "reinforced_head": reinforced_head}
-    got, own = generic_labels(base, reinforced, ALPHAS, **heads, **edit, chunk_mib=chunk_mib)
+    got, own = generic_labels(base, reinforced, ALPHAS, **heads, **edit, **choices)
     assert torch.equal(got, expected) and torch.equal(own, expected_own)
-    assert max(seen) == {0: 1, 1: 2, 256: 23}[chunk_mib]  # 20,000 logits of 4 bytes, five times
-    unedited = generic_labels(base, reinforced, ALPHAS, **heads, chunk_mib=chunk_mib)[0]
+    if choices == {"chunk_mib": 1}:  # two sets of 20,000 logits of 4 or 8 bytes
+        assert max(seen) == (3 if dtype == torch.float64 else 6)
+    unedited = generic_labels(base, reinforced, ALPHAS, **heads, **choices)[0]
     assert not torch.equal(unedited, expected)
+
+
+@pytest.mark.parametrize("from_hidden", [False, True])
+def test_rows_are_gathered_by_the_alignment(from_hidden):
+    """The base's rows come from a translation of another length; rows without one are ignored, and each
+    row's edits stay with it."""
+    (base, reinforced), (base_head, reinforced_head), offsets, tokens = problem()
+    n = len(base)
+    base_rows = torch.randint(-1, n, (n,), generator=torch.Generator().manual_seed(1))
+    reinforced_rows = torch.arange(n).flip(0)
+    reinforced_rows[4] = -1
+    assert (base_rows < 0).any() and len(base_rows.unique()) < n
+    heads = {"base_head": base_head, "reinforced_head": reinforced_head} if from_hidden else {}
+    if not from_hidden:
+        base, reinforced = base @ base_head.t(), reinforced @ reinforced_head.t()
+    edit = {"row_offsets": offsets, "mean_tokens": tokens}
+    got, own = generic_labels(
+        base, reinforced, [5.0], base_rows=base_rows, reinforced_rows=reinforced_rows, **heads, **edit
+    )
+    kept = (base_rows >= 0) & (reinforced_rows >= 0)
+    counts = offsets.diff()[kept]
+    taken = [tokens[offsets[row] : offsets[row + 1]] for row in kept.nonzero().flatten()]
+    expected, expected_own = generic_labels(
+        base[base_rows[kept]],
+        reinforced[reinforced_rows[kept]],
+        [5.0],
+        row_offsets=torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]),
+        mean_tokens=torch.cat(taken),
+        **heads,
+    )
+    assert torch.equal(got[:, kept], expected) and torch.equal(own[kept], expected_own)
+    assert (got[:, ~kept] == IGNORE).all() and (own[~kept] == IGNORE).all()
+
+
+def test_one_alpha_gives_labels_in_the_shape_of_the_rows():
+    base, reinforced = integers(2, 3, 9, seed=1), integers(2, 3, 9, seed=2)
+    labels = whp_kernels.generic_labels(base, reinforced, 5.0)
+    several, own = whp_kernels.generic_labels(base, reinforced, [0.0, 5.0], base_choice=True)
+    assert labels.shape == (2, 3) and several.shape == (2, 2, 3) and own.shape == (2, 3)
+    assert torch.equal(several[1], labels) and torch.equal(several[0], own)
+    module = whp_kernels.GenericLabels(alpha=5.0)
+    assert torch.equal(module(base, reinforced), labels) and "alpha=5.0" in repr(module)
+
+
+def test_relative_top_and_softcap():
+    """Outside the base's likeliest tokens the offset is left out (keep), or nothing is possible (mask)."""
+    base, reinforced = torch.tensor([[3.0, 2.9, -2.0]]), torch.tensor([[5.0, 4.9, -2.0]])
+    label = whp_kernels.generic_labels
+    assert label(base, reinforced).tolist() == [2]
+    assert label(base, reinforced, relative_top=RelativeTop(0.5, "mask")).tolist() == [0]
+    assert label(base, reinforced, relative_top=RelativeTop(0.95, "keep")).tolist() == [1]
+    capped = [4.0 * torch.tanh(x / 4.0) for x in (base * 3, reinforced)]
+    assert torch.equal(label(base * 3, reinforced, 0.7, softcap=4.0), label(*capped, 0.7))
 
 
 def test_logits_of_bfloat16_states_are_not_rounded():
@@ -203,11 +252,13 @@ def test_shapes_that_do_not_fit():
     two, three = torch.zeros(2, 5), torch.zeros(3, 5)
     with pytest.raises(ValueError, match="both base_head and reinforced_head"):
         generic_labels(two, two, base_head=torch.zeros(7, 5))
-    with pytest.raises(ValueError, match="2 rows but reinforced has 3"):
+    with pytest.raises(ValueError, match="teacher 1 has 3 rows, the student 2"):
         generic_labels(two, three)
-    with pytest.raises(ValueError, match="5 .*1"):  # would broadcast
+    with pytest.raises(ValueError, match="vocabulary of 1, the student one of 5"):  # would broadcast
         generic_labels(two, torch.zeros(2, 1))
-    with pytest.raises(ValueError, match="row_offsets"):
+    with pytest.raises(ValueError, match="speak of 1 rows, but there are 2"):
         generic_labels(two, two, row_offsets=torch.tensor([0, 1]), mean_tokens=torch.tensor([0]))
-    with pytest.raises(ValueError, match="mean_tokens"):
-        generic_labels(two, two, row_offsets=torch.tensor([0, 1, 1]))
+    with pytest.raises(ValueError, match="base_rows|teacher_rows has 3 entries"):
+        generic_labels(two, two, base_rows=torch.zeros(2, dtype=torch.int64), reinforced_rows=torch.arange(3))
+    with pytest.raises(ValueError, match="chunk_mib is 0"):
+        generic_labels(two, two, chunk_mib=0)

@@ -1,4 +1,4 @@
-"""`whp_kernels.losses.linear_cross_entropy` against float64 cross-entropy of whole logits.
+"""`whp_kernels.linear_combination_loss` with labels (no teachers) against float64 cross-entropy of whole logits.
 
 The error of a result is the norm of its difference from float64, relative to float64's norm. It may be twice
 that of the same computation in plain torch at the same dtype. Every comparison of gradients is itself tried
@@ -10,10 +10,15 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from whp_kernels.losses import linear_cross_entropy, linear_loss
+from whp_kernels import linear_combination_loss
+from whp_kernels.losses import linear_chunks
 
 IGNORE = -100
 SLACK = {torch.float32: 2e-7, torch.bfloat16: 1e-3, torch.float64: 1e-14}  # about one rounding
+
+
+def linear_cross_entropy(hidden, weight, labels, *, denominator=None, **choices):
+    return linear_combination_loss(hidden, weight, labels, num_items_in_batch=denominator, **choices)
 
 
 def relative_error(got, exact):
@@ -76,11 +81,11 @@ def compare(loss_function, hidden, weight, labels, denominator=None, scale=1.0):
 # ------------------------------------------------------------------- value and gradients
 
 
-@pytest.mark.parametrize("chunk_mib", [0, 1, 256])
+@pytest.mark.parametrize("choices", [{"chunk_mib": 1}, {"chunk_mib": 256}, {"store_free": True}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_value_and_gradients(dtype, chunk_mib):
+def test_value_and_gradients(dtype, choices):
     arguments = problem(dtype=dtype, vocab=30_000, n=23, width=8)
-    compare(functools.partial(linear_cross_entropy, chunk_mib=chunk_mib), *arguments)
+    compare(functools.partial(linear_cross_entropy, **choices), *arguments)
 
 
 @pytest.mark.parametrize("vocab", [1, 2, 31_999, 32_000, 32_001, 128_256])
@@ -94,13 +99,13 @@ def test_shapes(vocab, n):
         compare(linear_cross_entropy, hidden, weight, labels)
 
 
-@pytest.mark.parametrize("chunk_mib", [0, 256])
-def test_gradcheck(chunk_mib):
+@pytest.mark.parametrize("store_free", [False, True])
+def test_gradcheck(store_free):
     hidden, weight, labels = problem(n=6, vocab=11, width=4, dtype=torch.float64)
     assert (labels == IGNORE).any() and (labels != IGNORE).any()
     leaves = hidden.requires_grad_(), weight.requires_grad_()
     assert torch.autograd.gradcheck(
-        lambda h, w: linear_cross_entropy(h, w, labels, denominator=2.5, chunk_mib=chunk_mib), leaves
+        lambda h, w: linear_cross_entropy(h, w, labels, denominator=2.5, store_free=store_free), leaves
     )
 
 
@@ -233,14 +238,14 @@ def test_frozen_input(frozen, monkeypatch):
     hidden, weight, labels = problem()
     _, both = run(linear_cross_entropy, hidden, weight, labels)
     products = []
-    product = linear_loss._product
-    monkeypatch.setattr(linear_loss, "_product", lambda *a: products.append(1) or product(*a))
+    product = linear_chunks.product
+    monkeypatch.setattr(linear_chunks, "product", lambda *a, **k: products.append(1) or product(*a, **k))
     leaves = {"hidden": hidden.clone(), "weight": weight.clone()}
     free = leaves["weight" if frozen == "hidden" else "hidden"].requires_grad_()
     linear_cross_entropy(*leaves.values(), labels).backward()
     assert leaves[frozen].grad is None
     assert torch.equal(free.grad, both["weight" if frozen == "hidden" else "hidden"])
-    assert len(products) == (2 if frozen == "hidden" else 1)  # the logits, and the weight's gradient
+    assert len(products) == 2  # the logits, and the one gradient
 
 
 def test_nothing_to_differentiate():
@@ -258,11 +263,14 @@ def test_second_backward_is_refused():
         loss.backward()
 
 
-def test_second_derivative_is_refused():
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_second_derivative_is_refused(reduction):
     hidden, weight, labels = problem()
-    loss = linear_cross_entropy(hidden.requires_grad_(), weight, labels).square()
+    loss = (
+        linear_combination_loss(hidden.requires_grad_(), weight, labels, reduction=reduction).square().sum()
+    )
     (gradient,) = torch.autograd.grad(loss, hidden, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="differentiable once"):
         gradient.sum().backward()
 
 
@@ -283,17 +291,34 @@ def test_inputs_are_left_alone():
 def test_chunks_bound_the_rows_of_logits(monkeypatch):
     hidden, weight, labels = problem(n=50, vocab=40_000, width=2, ignored=0.0)
     rows = []
-    product = linear_loss._product
-    monkeypatch.setattr(linear_loss, "_product", lambda a, b, d: rows.append(len(a)) or product(a, b, d))
-    linear_cross_entropy(hidden, weight, labels, chunk_mib=1)
-    assert max(rows) == 2 and sum(rows) == 50  # three sets of 40,000 float32 a row: 480 kB
+    logits = linear_chunks.logits
+    monkeypatch.setattr(linear_chunks, "logits", lambda h, *rest: rows.append(len(h)) or logits(h, *rest))
+    linear_cross_entropy(hidden.requires_grad_(), weight, labels, chunk_mib=1)
+    assert max(rows) == 6 and sum(rows) == 50  # 40,000 float32 a row, the gradient in their place: 160 kB
+    rows.clear()
+    linear_cross_entropy(hidden.bfloat16(), weight.bfloat16(), labels, chunk_mib=1)
+    assert max(rows) == 4 and sum(rows) == 50  # beside them the gradient in bfloat16: 240 kB
+
+
+def test_chunks_are_even_and_round_where_that_fits():
+    assert linear_chunks.chunk_rows(0, 4, 1) == 1
+    assert linear_chunks.chunk_rows(100, 4, 1) == 100  # all at once
+    assert linear_chunks.chunk_rows(1000, 1 << 11, 1) == 512  # at most 512: two chunks of 500, rounded to 64
+    assert linear_chunks.chunk_rows(1000, 1200, 1) == 512  # at most 873
+    assert linear_chunks.chunk_rows(10, 1 << 30, 1) == 1  # one row may exceed the budget
 
 
 def test_shapes_that_do_not_fit():
     hidden, weight, labels = problem()
-    with pytest.raises(ValueError, match="hidden_states \\[N, H\\]"):
+    with pytest.raises(ValueError, match="labels have shape"):
         linear_cross_entropy(hidden[None], weight, labels)
-    with pytest.raises(ValueError, match="labels \\[N\\]"):
+    with pytest.raises(ValueError, match=r"labels have shape \(36,\), but there are rows \(37,\)"):
         linear_cross_entropy(hidden, weight, labels[:-1])
-    with pytest.raises(ValueError, match="width 24, lm_head_weight has 23"):
+    with pytest.raises(ValueError, match=r"width 24, but lm_head_weight has shape \(503, 23\)"):
         linear_cross_entropy(hidden, weight[:, 1:], labels)
+    with pytest.raises(ValueError, match="labels hold 503, but the vocabulary has 503 entries"):
+        linear_cross_entropy(hidden, weight, labels.clamp(min=503))
+    with pytest.raises(ValueError, match=r"bias has shape \(1,\), expected \[503\]"):
+        linear_cross_entropy(hidden, weight, labels, bias=torch.zeros(1))
+    with pytest.raises(ValueError, match="chunk_mib is 0"):
+        linear_cross_entropy(hidden, weight, labels, chunk_mib=0)

@@ -1,42 +1,66 @@
-"""Generic labels from hidden states or logits, without logits for the whole batch."""
+"""``generic_labels``: what a model that never read the text would say, as token ids.
+
+label = argmax(v_base - alpha * relu(v_reinforced - v_base))        arXiv 2310.02238, section 2
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from whp_kernels.losses import reference
+from whp_kernels.losses import arguments, linear_ops, ops
+from whp_kernels.losses.combination import RelativeTop, RowEdits, Whp
+from whp_kernels.losses.linear_loss import _check_budget, _projection
+from whp_kernels.losses.rule import Rule
 
 
+@torch.no_grad()
 def generic_labels(
     base: Tensor,
     reinforced: Tensor,
-    alphas: Sequence[float] = (5.0,),
+    alpha: float | Sequence[float] = 5.0,
     *,
     base_head: Tensor | None = None,
     reinforced_head: Tensor | None = None,
-    row_offsets: Tensor | None = None,
-    mean_tokens: Tensor | None = None,
+    base_bias: Tensor | None = None,
+    reinforced_bias: Tensor | None = None,
+    base_rows: Tensor | None = None,
+    reinforced_rows: Tensor | None = None,
+    row_edits: RowEdits | None = None,
+    relative_top: RelativeTop | None = None,
+    softcap: float | None = None,
     ignore_index: int = -100,
+    base_choice: bool = False,
     chunk_mib: int = 256,
-) -> tuple[Tensor, Tensor]:
+    store_free: bool = False,
+    compute_dtype: torch.dtype | None = None,
+    impl: Literal["auto", "reference", "triton", "cpp"] = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
     """``argmax(v_base - alpha * relu(v_reinforced - v_base))`` for one or several alphas in one pass.
 
     Args:
-        base, reinforced: hidden states [N, H] when the heads are given, logits [N, V] when not. Logits are
-            computed and combined in float32 (float64 if given so): rounding to bfloat16 would change 2-5 % of
-            the labels.
-        alphas: one label set for each.
-        base_head, reinforced_head: LM head weights [V, H].
-        row_offsets, mean_tokens: tokens whose base logit is set to the row mean first; see
-            :func:`whp_kernels.losses.reference.set_to_row_mean`.
-        ignore_index: label of rows without a finite target, or with a NaN.
-        chunk_mib: memory for the logits of one chunk of rows, in MiB; never more than a chunk is held.
+        base, reinforced: hidden states [..., H] when the heads are given, logits [..., V] when not. Logits
+            are combined in float32 (float64 if given so); from hidden states they come straight from the
+            float32 accumulators. Rounding them to bfloat16 would change 2-5 % of the labels.
+        alpha: a number, or several: then one label set each.
+        base_head, reinforced_head: LM head weights [V, H]; base_bias, reinforced_bias: [V].
+        base_rows, reinforced_rows: int64 [...]: which (flattened) row of ``base`` or ``reinforced`` belongs
+            to each row of the result, negative for rows that get ``ignore_index``; None for the same row. The
+            alignment of the translated text is passed here.
+        row_edits: changes of the base's logits before, e.g. ``RowEdits(offsets, tokens, "mean")``.
+        relative_top: the offset only within, or -inf outside, the base's likeliest tokens.
+        softcap: logits are ``softcap * tanh(logits / softcap)`` first.
+        ignore_index: label of rows without a row, with a NaN, or without a finite maximum.
+        base_choice: also return the argmax of the edited base logits.
+        chunk_mib: memory for the logits of one chunk of rows, in MiB.
+        store_free, compute_dtype: as in :func:`whp_kernels.losses.linear_combination_loss`.
 
     Returns:
-        labels int64 [len(alphas), N], and the base's own choice int64 [N] (argmax of the edited base logits).
+        int64 [...], the lowest index on ties; with several alphas [len(alpha), ...]. With ``base_choice``
+        also int64 [...].
 
     Raises:
         ValueError: shapes that do not fit, or one head without the other.
@@ -45,50 +69,57 @@ def generic_labels(
         raise ValueError(
             "give both base_head and reinforced_head, or neither (then base and reinforced are logits)"
         )
-    if base.shape[0] != reinforced.shape[0]:
-        raise ValueError(f"base has {base.shape[0]} rows but reinforced has {reinforced.shape[0]}")
-    n = base.shape[0]
-    vocab = base.shape[1] if base_head is None else base_head.shape[0]
-    other = reinforced.shape[1] if reinforced_head is None else reinforced_head.shape[0]
-    if other != vocab:
-        raise ValueError(f"base has a vocabulary of {vocab} but reinforced has {other}")
-    if (row_offsets is None) != (mean_tokens is None):
-        raise ValueError("give both row_offsets and mean_tokens, or neither")
-    if row_offsets is not None and row_offsets.shape != (n + 1,):
-        raise ValueError(f"row_offsets has shape {tuple(row_offsets.shape)}, expected [{n + 1}]")
-    rows = max(
-        1, (chunk_mib << 20) // (vocab * 4 * 5)
-    )  # two sets of logits and three temporaries of their size
-    labels = torch.empty((len(alphas), n), dtype=torch.int64, device=base.device)
-    own = torch.empty(n, dtype=torch.int64, device=base.device)
-    base_head, reinforced_head = _prepared(base_head, base), _prepared(reinforced_head, reinforced)
-    for start in range(0, n, rows):
-        part = slice(start, min(start + rows, n))
-        v_base = _logits(base[part], base_head)
-        v_reinforced = _logits(reinforced[part], reinforced_head)
-        if row_offsets is not None:
-            offsets = row_offsets[part.start : part.stop + 1]
-            v_base = reference.set_to_row_mean(
-                v_base, offsets - offsets[0], mean_tokens[offsets[0] : offsets[-1]]
-            )
-        own[part] = reference.generic_labels(v_base, v_base, 0.0, ignore_index)
-        for k, alpha in enumerate(alphas):
-            labels[k, part] = reference.generic_labels(v_base, v_reinforced, alpha, ignore_index)
-    return labels, own
+    _check_budget(chunk_mib)
+    alphas = [float(alpha)] if isinstance(alpha, (int, float)) else [float(a) for a in alpha]
+    rule = Rule.of(Whp(0.0, relative_top), row_edits, "hard", softcap=softcap).encode()
+    lead = (base if base_rows is None else base_rows).shape
+    lead = lead[:-1] if base_rows is None else lead
+    n = lead.numel()
+    if base_head is None:
+        flat = [arguments.flat_rows("base", base), arguments.flat_rows("reinforced", reinforced)]
+        sizes = [values.shape for values in flat]
+    else:
+        projections = [
+            _projection("base ", base, base_head, base_bias),
+            _projection("reinforced ", reinforced, reinforced_head, reinforced_bias),
+        ]
+        sizes = [(hidden.shape[0], head.shape[0]) for hidden, head, _ in projections]
+    index = arguments.check_teacher_rows((base_rows, reinforced_rows), 2, n, base.device)
+    for k, (rows, vocabulary) in enumerate(sizes):
+        arguments.check_teacher(k, rows, sizes[0][1], vocabulary, index[k], n)
+    arguments.check_edits(row_edits, n)
+    target = (
+        index,
+        None,
+        None if row_edits is None else row_edits.offsets,
+        None if row_edits is None else row_edits.tokens,
+        rule,
+        ignore_index,
+        alphas,
+    )
+    if base_head is None:
+        labels, own = ops.row_labels(flat, *target, impl)
+    else:
+        hidden, heads, biases = map(list, zip(*projections))
+        labels, own = linear_ops.linear_labels(
+            hidden, heads, biases, *target, compute_dtype, chunk_mib, store_free, impl
+        )
+    labels = labels[0].view(lead) if isinstance(alpha, (int, float)) else labels.view(len(alphas), *lead)
+    return (labels, own.view(lead)) if base_choice else labels
 
 
-def _logits(rows: Tensor, head: Tensor | None) -> Tensor:
-    """Float32 logits (float64 stays): from the accumulator of the product, never rounded before."""
-    if head is None:
-        return rows if rows.dtype == torch.float64 else rows.float()
-    if head.dtype.itemsize == 2:  # on a GPU, see _prepared
-        return torch.mm(rows, head.t(), out_dtype=torch.float32)
-    return rows.to(head.dtype) @ head.t()
+class GenericLabels(nn.Module):
+    """:func:`generic_labels` with its choices kept; ``forward`` takes the tensors.
 
+    >>> GenericLabels(alpha=5.0)(h_base, h_reinforced, base_head=W_base, reinforced_head=W_reinforced)
+    """
 
-def _prepared(head: Tensor | None, rows: Tensor) -> Tensor | None:
-    """The head in the dtype of its product, once for all chunks: as it is where a GPU gives float32 results
-    of narrow operands, else in float32 (or float64)."""
-    if head is None or (rows.is_cuda and rows.dtype == head.dtype and rows.dtype.itemsize == 2):
-        return head
-    return head.to(torch.promote_types(torch.promote_types(rows.dtype, head.dtype), torch.float32))
+    def __init__(self, **choices):
+        super().__init__()
+        self.choices = choices
+
+    def forward(self, base: Tensor, reinforced: Tensor, **tensors):
+        return generic_labels(base, reinforced, **{**self.choices, **tensors})
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.choices.items())

@@ -1,115 +1,187 @@
-"""Cross-entropy from hidden states, without logits for the whole batch.
-
-Rows whose label is ignored are left out before any product. Logits exist for one chunk of rows at a time;
-each chunk's gradients are formed in the forward pass, where its logits are at hand (the idea of
-efficient_cross_entropy, github.com/mgmalek), and scaled in the backward pass.
-
-    loss    = -(1 / denominator) * sum_n log softmax(h_n W^T)[y_n]
-    d logit = (softmax - onehot(y)) / denominator
-"""
+"""``linear_combination_loss``: the family from hidden states and LM heads, without logits for the whole
+batch."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Literal
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from whp_kernels.losses import arguments, linear_ops
+from whp_kernels.losses.combination import SELF, Combination, RowEdits
+from whp_kernels.losses.rule import Rule
+from whp_kernels.losses.statistics import Statistics, gather_statistics
+
+Teacher = Sequence[Tensor | None]
 
 
-def linear_cross_entropy(
+def linear_combination_loss(
     hidden_states: Tensor,
     lm_head_weight: Tensor,
-    labels: Tensor,
+    labels: Tensor | None = None,
     *,
-    denominator: float | None = None,
+    bias: Tensor | None = None,
+    teachers: Sequence[Teacher] = (),
+    teacher_rows: Sequence[Tensor | None] | None = None,
+    combination: Combination | None = None,
+    row_edits: RowEdits | None = None,
+    divergence: str = "label",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    weights: Tensor | None = None,
+    reduction: Literal["none", "mean", "sum"] = "mean",
+    num_items_in_batch: int | float | Tensor | None = None,
+    shift_labels: bool = False,
     ignore_index: int = -100,
-    compute_dtype: torch.dtype | None = None,
     chunk_mib: int = 256,
-) -> Tensor:
-    """Cross-entropy of ``hidden_states @ lm_head_weight.T`` against labels.
+    store_free: bool = False,
+    compute_dtype: torch.dtype | None = None,
+    statistics: bool = False,
+    token_set: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor | tuple[Tensor, Statistics]:
+    """:func:`whp_kernels.losses.combination_loss` of ``hidden_states @ lm_head_weight.T + bias``.
+
+    Args that are not named here mean what they mean there.
 
     Args:
-        hidden_states: [N, H]; its gradient has the same dtype.
-        lm_head_weight: [V, H]; may be frozen, then no gradient is computed for it. Its gradient is
-            accumulated in float32.
-        labels: int64 [N], already shifted: row ``n`` is taught ``labels[n]``.
-        denominator: what the sum is divided by; by default the number of labels that are not ignored. Give
-            the count over all accumulated micro-batches, and accumulation does not change the loss.
-        compute_dtype: dtype of the matrix products; default: that of ``hidden_states``. Logits leave the
-            product in float32 (or wider) on a GPU; on the CPU, where torch has no such product, those of a
-            narrower dtype are rounded to it once.
-        chunk_mib: memory for the logits of one chunk, in MiB.
+        hidden_states: [..., H].
+        lm_head_weight: [V, H]; without ``requires_grad`` (a frozen head, LoRA) its gradient is not computed.
+            Its gradient is accumulated in float32.
+        bias: [V] or None.
+        teachers: for each (hidden states [..., H_k], LM head weight [V, H_k]) or with a bias [V] as third;
+            heads may be one and the same tensor. Or :data:`SELF`. No gradient.
+        teacher_rows: rows are gathered before the products.
+        chunk_mib: memory for the logits (and their gradient) of one chunk of rows, in MiB. More rows make
+            better matrix products.
+        store_free: no logits at all in memory but tiles; the backward computes them again: 60 to 75 % more
+            matrix work for the least memory.
+        compute_dtype: dtype of the operands of the products; by default what hidden states and weight promote
+            to. Logits leave the products in float32 whatever it is.
+        reduction: for ``mean`` and ``sum`` the gradients are formed with the loss, for an upstream gradient
+            of one; another one scales them. For ``none`` the backward computes the logits again.
 
     Returns:
-        scalar, float32 (float64 for float64 input).
+        as :func:`combination_loss`.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes, dtypes or choices that do not fit; DTensors.
     """
-    if hidden_states.ndim != 2 or labels.shape != hidden_states.shape[:1]:
-        raise ValueError(
-            f"expected hidden_states [N, H] and labels [N], got {tuple(hidden_states.shape)} and "
-            f"{tuple(labels.shape)}"
-        )
-    if lm_head_weight.shape[1] != hidden_states.shape[1]:
-        raise ValueError(
-            f"hidden_states have width {hidden_states.shape[1]}, lm_head_weight has {lm_head_weight.shape[1]}"
-        )
-    trained = labels != ignore_index
-    if denominator is None:
-        denominator = max(1, int(trained.sum()))
-    rows = trained.nonzero(as_tuple=True)[0]
-    kept = hidden_states.index_select(0, rows)
-    return _LinearCrossEntropy.apply(
-        kept, lm_head_weight, labels[rows], float(denominator), compute_dtype or kept.dtype, chunk_mib
+    combination = arguments.check_combination(combination, teachers)
+    rule = Rule.of(combination, row_edits, divergence, beta=beta, temperature=temperature, softcap=softcap)
+    if combination is None and rule.divergence != "label":
+        raise ValueError(f"divergence={divergence!r} compares with teachers, but none are given")
+    _check_budget(chunk_mib)
+    lead = hidden_states.shape[:-1]
+    hidden, weight, bias = _projection("", hidden_states, lm_head_weight, bias)
+    n, vocabulary = hidden.shape[0], weight.shape[0]
+    projections = [] if teachers is SELF else _teachers(teachers)
+    index = arguments.check_teacher_rows(teacher_rows, len(projections), n, hidden.device)
+    for k, (teacher_hidden, teacher_weight, _) in enumerate(projections):
+        arguments.check_teacher(k, teacher_hidden.shape[0], vocabulary, teacher_weight.shape[0], index[k], n)
+    arguments.check_edits(row_edits, n)
+    flat_labels = arguments.flat_labels(
+        labels,
+        lead,
+        shift_labels=shift_labels,
+        ignore_index=ignore_index,
+        required=rule.divergence == "label",
     )
+    scale = arguments.row_scales(
+        flat_labels,
+        index,
+        weights,
+        lead=lead,
+        like=hidden,
+        reduction=reduction,
+        num_items_in_batch=num_items_in_batch,
+        ignore_index=ignore_index,
+    )
+    call = (
+        hidden,
+        weight,
+        bias,
+        *(map(list, zip(*projections)) if projections else ([], [], [])),
+        index,
+        flat_labels,
+        None if row_edits is None else row_edits.offsets,
+        None if row_edits is None else row_edits.tokens,
+        rule.encode(),
+        ignore_index,
+        statistics,
+        token_set,
+        compute_dtype,
+        chunk_mib,
+        store_free,
+        impl,
+    )
+    if reduction == "none":
+        *per_row, probability = linear_ops.linear_losses(*call)
+        loss = (per_row[0] * scale).view(lead)
+    else:
+        grad = torch.is_grad_enabled()
+        needs = [grad and tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)]
+        loss, *per_row, probability, _, _, _ = linear_ops.linear_sum(*call, scale, *needs)
+    if not statistics:
+        return loss
+    probability = None if token_set is None else probability
+    return loss, gather_statistics(per_row, flat_labels, index, ignore_index, probability)
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, weight, labels, denominator, compute_dtype, chunk_mib):
-        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        head = weight.to(compute_dtype)
-        rows = max(1, (chunk_mib << 20) // (head.shape[0] * 4 * 3))
-        total = torch.zeros((), dtype=wide, device=hidden.device)
-        d_hidden = torch.empty_like(hidden) if needs_hidden else None
-        d_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if needs_weight else None
-        for start in range(0, hidden.shape[0], rows):
-            part = slice(start, start + rows)
-            chunk = hidden[part].to(compute_dtype)
-            target = labels[part].unsqueeze(1)
-            logits = _product(chunk, head.t(), wide)
-            # both halves are shifted by the row's maximum: log l - (z_y - m) keeps its digits at any offset
-            logits -= logits.amax(dim=-1, keepdim=True)
-            target_logit = logits.gather(1, target)
-            probabilities = logits.exp_()
-            sums = probabilities.sum(dim=-1, keepdim=True)
-            total += (sums.log() - target_logit).sum()
-            if not (needs_hidden or needs_weight):
-                continue
-            probabilities /= sums
-            probabilities.scatter_add_(1, target, torch.full_like(target_logit, -1.0))
-            d_logits = probabilities.mul_(1.0 / denominator).to(compute_dtype)
-            if needs_hidden:
-                d_hidden[part] = (d_logits @ head).to(hidden.dtype)
-            if needs_weight:
-                d_weight += _product(d_logits.t(), chunk, wide)
-        ctx.save_for_backward(d_hidden, d_weight)
-        ctx.weight_dtype = weight.dtype
-        return total / denominator
+class LinearCombinationLoss(nn.Module):
+    """:func:`linear_combination_loss` with its choices kept; ``forward`` takes the tensors.
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        d_hidden, d_weight = ctx.saved_tensors
-        scaled_hidden = None if d_hidden is None else d_hidden * grad.to(d_hidden.dtype)
-        scaled_weight = None if d_weight is None else (d_weight * grad).to(ctx.weight_dtype)
-        return scaled_hidden, scaled_weight, None, None, None, None
+    >>> loss = LinearCombinationLoss(combination=Whp(5.0), divergence="hard", chunk_mib=512)
+    >>> loss(hidden_states, lm_head.weight, labels, teachers=((h_base, W_base), (h_reinforced, W_reinforced)))
+    """
+
+    def __init__(self, **choices):
+        super().__init__()
+        self.choices = choices
+
+    def forward(self, hidden_states: Tensor, lm_head_weight: Tensor, labels: Tensor | None = None, **tensors):
+        return linear_combination_loss(hidden_states, lm_head_weight, labels, **{**self.choices, **tensors})
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.choices.items())
 
 
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """``a @ b`` with the result in ``dtype``, straight from the accumulator where the device can."""
-    if a.dtype == dtype:
-        return a @ b
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=dtype)
-    return (a @ b).to(dtype)
+def _projection(whose: str, hidden: Tensor, weight: Tensor, bias: Tensor | None):
+    """Hidden states as [N, H] with a head that fits them."""
+    flat = arguments.flat_rows(f"{whose}hidden_states", hidden)
+    arguments.refuse_dtensor(f"{whose}lm_head_weight", weight)
+    if weight.ndim != 2 or weight.shape[1] != flat.shape[1]:
+        raise ValueError(
+            f"{whose}hidden_states have width {flat.shape[1]}, but {whose}lm_head_weight has shape "
+            f"{tuple(weight.shape)}, expected [V, H] (of a sharded head pass the gathered weight)"
+        )
+    if bias is not None:
+        arguments.refuse_dtensor(f"{whose}bias", bias)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"{whose}bias has shape {tuple(bias.shape)}, expected [{weight.shape[0]}]")
+    return flat, weight, bias
+
+
+def _teachers(teachers: Sequence[Teacher]):
+    projections = []
+    for k, teacher in enumerate(teachers):
+        if isinstance(teacher, Tensor) or len(teacher) not in (2, 3):
+            raise ValueError(f"teachers[{k}] must be (hidden_states, lm_head_weight) or with a bias as third")
+        hidden, weight, bias = (*teacher, None)[:3]
+        projections.append(
+            _projection(
+                f"teachers[{k}] ",
+                hidden.detach(),
+                weight.detach(),
+                None if bias is None else bias.detach(),
+            )
+        )
+    return projections
+
+
+def _check_budget(chunk_mib: int) -> None:
+    if chunk_mib < 1:
+        raise ValueError(f"chunk_mib is {chunk_mib}, give at least 1 MiB")
