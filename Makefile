@@ -3,16 +3,27 @@ TORCH  ?= 2.13.0
 PYTHON ?= python3
 BIN    := .venv/bin
 
-.PHONY: install demo test lint bench-prepare clean
+# torchtitan's loss components need nothing else; its requirements are 46 packages and another datasets
+TORCHTITAN := $(foreach wheel,torchtitan==0.3.0 spmd_types==0.2.3 tyro==1.0.17,"$(wheel); python_version >= '3.11'")
 
-install: .venv/installed-torch-$(TORCH)
+CSRC   := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: install demo test lint bench-prepare bench-loss bench-gpu clean
+
+install: .venv/extension-built
 
 .venv/installed-torch-$(TORCH): setup.py pyproject.toml
 	$(PYTHON) -m venv .venv
 	rm -f .venv/installed-torch-*
-	$(BIN)/python -m pip install --quiet --upgrade pip setuptools
+	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
 	$(BIN)/python -m pip install --quiet "torch==$(TORCH)"
-	$(BIN)/python -m pip install --quiet -e ".[test]"
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[test]"
+	$(BIN)/python -m pip install --quiet --no-deps $(TORCHTITAN)
+	touch $@
+
+# without isolation torch is there when the extension is compiled; where it cannot be, one line says why
+.venv/extension-built: .venv/installed-torch-$(TORCH) $(CSRC)
+	$(BIN)/python setup.py --quiet build_ext --inplace --build-temp build/editable
 	touch $@
 
 demo: install
@@ -29,5 +40,11 @@ lint: install
 bench-prepare: install
 	$(BIN)/python -m benchmarks.prepare --json benchmarks/results/prepare.json
 
+bench-loss: install
+	$(BIN)/python -m benchmarks.loss --check --json benchmarks/results/loss_cpu.json --pictures kernels/images
+
+bench-gpu: install
+	$(BIN)/python -m benchmarks.loss --device cuda --json benchmarks/results/loss_cuda.json --pictures kernels/images
+
 clean:
-	rm -rf .venv runs build *.egg-info
+	rm -rf .venv runs build *.egg-info kernels/whp_kernels/_C.*
