@@ -1,4 +1,5 @@
-"""`whp_kernels.linear_combination_loss` with labels (no teachers) against float64 cross-entropy of whole logits.
+"""`whp_kernels.linear_combination_loss` with labels (no teachers) against float64 cross-entropy of whole
+logits.
 
 The error of a result is the norm of its difference from float64, relative to float64's norm. It may be twice
 that of the same computation in plain torch at the same dtype. Every comparison of gradients is itself tried

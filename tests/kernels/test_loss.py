@@ -405,6 +405,12 @@ REFUSED = {
     ),
     "not one": ({"teachers": (TEACHER,), "combination": "whp", "divergence": "hard"}, "combination is 'whp'"),
     "temperature": ({"labels": labels_of(), "temperature": 2.0}, "temperature has no meaning"),
+    "no items": ({"labels": labels_of(), "num_items_in_batch": 0}, "num_items_in_batch is 0"),
+    "one tensor": ({"teachers": TEACHER, "divergence": "hard"}, "teachers is one tensor"),
+    "alpha": (
+        {"teachers": (TEACHER, TEACHER), "combination": Whp(float("nan")), "divergence": "hard"},
+        "the number of Whp.* is not finite",
+    ),
     "softcap": ({"labels": labels_of(), "softcap": -1.0}, "softcap is -1.0"),
     "gradient": ({"labels": labels_of(), "gradient": "later"}, "gradient is 'later'"),
     "impl": ({"labels": labels_of(), "impl": "fast"}, "impl is 'fast'"),
@@ -459,3 +465,37 @@ def test_sharded_tensors_are_refused(tmp_path):
             combination_loss(logits, torch.zeros(3, dtype=torch.int64))
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("way", ["logits", "hidden", "store-free"])
+def test_padded_columns_of_a_loss_through_a_sum_stay_ruled_out(way, dtype):
+    """-inf - -inf must not spoil the row: the first teacher rules the column out."""
+    logits = normal(3, B * T, V, dtype=dtype)
+    logits[:, :, V - 2 :] = -float("inf")
+    labels = labels_of().flatten().clamp(0, V - 3)
+    choices = {"combination": StudentOffset(0.7)}
+    summed = (logits[1] + 0.7 * (logits[0] - logits[2]))[:, : V - 2]
+    expected = F.cross_entropy(summed, labels)
+    if way == "logits":
+        leaf = logits[0].clone().requires_grad_()
+        loss = combination_loss(leaf, labels, teachers=tuple(logits[1:]), **choices)
+    else:
+        eye, bias = torch.eye(V, dtype=dtype), torch.zeros(V, dtype=dtype)
+        bias[V - 2 :] = -float("inf")
+        hidden = logits.masked_fill(logits.isinf(), 0.0)
+        leaf = hidden[0].clone().requires_grad_()
+        loss = linear_combination_loss(
+            leaf,
+            eye,
+            labels,
+            bias=bias,
+            teachers=[(h, eye, bias) for h in hidden[1:]],
+            store_free=way == "store-free",
+            **choices,
+        )
+    loss.backward()
+    torch.testing.assert_close(loss, expected)
+    gradient = 0.7 * (summed.softmax(-1) - F.one_hot(labels, V - 2)) / len(labels)
+    torch.testing.assert_close(leaf.grad[:, : V - 2], gradient)
+    assert not leaf.grad[:, V - 2 :].any()

@@ -1,4 +1,5 @@
-"""The operators as torch sees them: opcheck, torch.compile without graph breaks, fake outputs, versions of tensors."""
+"""The operators as torch sees them: opcheck, torch.compile without graph breaks, fake outputs, versions of
+tensors."""
 
 import pytest
 import torch
@@ -157,7 +158,9 @@ def test_compiled_with_statistics_and_labels(tensors):
         return loss, statistics.agreement, labels
 
     torch._dynamo.reset()
-    for compiled, eager in zip(torch.compile(both, fullgraph=True, backend="aot_eager")(tensors), both(tensors)):
+    for compiled, eager in zip(
+        torch.compile(both, fullgraph=True, backend="aot_eager")(tensors), both(tensors)
+    ):
         torch.testing.assert_close(compiled, eager)
 
 
@@ -218,10 +221,16 @@ def test_second_backward_of_a_gradient_of_its_own(tensors):
 def test_fake_outputs_have_the_shapes_and_dtypes_of_real_ones(tensors, dtype):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    t = {k: v.detach().to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in tensors.items()}
+    t = {
+        k: v.detach().to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v
+        for k, v in tensors.items()
+    }
     t["scale"] = tensors["scale"].double() if dtype == torch.float64 else tensors["scale"]
     calls = [
-        (ops.row_losses, (t["student"], [t["base"], t["reinforced"]], [None, None], *target(t, "hard"), True, "auto")),
+        (
+            ops.row_losses,
+            (t["student"], [t["base"], t["reinforced"]], [None, None], *target(t, "hard"), True, "auto"),
+        ),
         (linear_ops.linear_losses, linear_arguments(t, "forward_kl", free=False)),
         (
             linear_ops.linear_sum,

@@ -93,6 +93,8 @@ def check_combination(combination: Combination | None, teachers) -> Combination 
     Raises:
         ValueError: teachers without a combination, or another number than it takes.
     """
+    if isinstance(teachers, Tensor):
+        raise ValueError("teachers is one tensor; give a tuple, for one teacher (teacher,)")
     count = 1 if teachers is SELF else len(teachers)
     if combination is None:
         if count == 0:
@@ -170,6 +172,8 @@ def row_scales(
         raise ValueError(f"reduction is {reduction!r}, give one of {', '.join(REDUCTIONS)}")
     if num_items_in_batch is not None and reduction != "mean":
         raise ValueError(f"num_items_in_batch is the denominator of reduction='mean', not of {reduction!r}")
+    if isinstance(num_items_in_batch, (int, float)) and not num_items_in_batch > 0:
+        raise ValueError(f"num_items_in_batch is {num_items_in_batch}, give a number above 0")
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     count = lead.numel()
     kept = torch.ones(count, dtype=torch.bool, device=like.device)

@@ -95,7 +95,8 @@ class RowEdits:
         offsets: int64 [N + 1]; the tokens of row ``n`` are ``tokens[offsets[n]:offsets[n + 1]]``.
         tokens: int64 [M], vocabulary indices in any order (they are sorted within their rows here).
         kind: ``"add"`` (``value`` is added), ``"ban"`` (-inf), or ``"mean"`` (the row's mean over the whole
-            vocabulary, taken before any edit; behaviour j of the WHP reference code).
+            vocabulary, padded columns of -inf included, taken before any edit; behaviour j of the WHP
+            reference code).
         value: for ``"add"``. A token listed twice in a row is added to twice.
 
     Rows are the student's: with gathered teachers (``teacher_rows``), row ``n`` of the edits is applied to
@@ -115,6 +116,10 @@ class RowEdits:
             raise ValueError(
                 f"RowEdits: expected offsets [N + 1] and tokens [M], got {tuple(offsets.shape)} and "
                 f"{tuple(tokens.shape)}"
+            )
+        if tokens.is_floating_point() or offsets.is_floating_point():
+            raise ValueError(
+                f"RowEdits: offsets are {offsets.dtype} and tokens {tokens.dtype}, expected integers"
             )
         offsets, tokens = offsets.long(), tokens.long()
         if tokens.device.type == "cpu" and offsets.device.type == "cpu":

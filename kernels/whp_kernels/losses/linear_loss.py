@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from whp_kernels.losses import arguments, linear_ops
+from whp_kernels.losses import arguments, linear_ops, ops
 from whp_kernels.losses.combination import SELF, Combination, RowEdits
 from whp_kernels.losses.rule import Rule
 from whp_kernels.losses.statistics import Statistics, gather_statistics
@@ -72,8 +72,6 @@ def linear_combination_loss(
     """
     combination = arguments.check_combination(combination, teachers)
     rule = Rule.of(combination, row_edits, divergence, beta=beta, temperature=temperature, softcap=softcap)
-    if combination is None and rule.divergence != "label":
-        raise ValueError(f"divergence={divergence!r} compares with teachers, but none are given")
     _check_budget(chunk_mib)
     lead = hidden_states.shape[:-1]
     hidden, weight, bias = _projection("", hidden_states, lm_head_weight, bias)
@@ -120,7 +118,7 @@ def linear_combination_loss(
     )
     if reduction == "none":
         *per_row, probability = linear_ops.linear_losses(*call)
-        loss = (per_row[0] * scale).view(lead)
+        loss = ops.weighted(per_row[0], scale).view(lead)
     else:
         grad = torch.is_grad_enabled()
         needs = [grad and tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)]

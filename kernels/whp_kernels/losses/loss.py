@@ -94,8 +94,6 @@ def combination_loss(
         raise ValueError(f"gradient is {gradient!r}, give 'forward' or 'backward'")
     combination = arguments.check_combination(combination, teachers)
     rule = Rule.of(combination, row_edits, divergence, beta=beta, temperature=temperature, softcap=softcap)
-    if combination is None and rule.divergence != "label":
-        raise ValueError(f"divergence={divergence!r} compares with teachers, but none are given")
     lead = student_logits.shape[:-1]
     student = arguments.flat_rows("student_logits", student_logits, in_place=inplace)
     n, vocabulary = student.shape
@@ -141,13 +139,13 @@ def combination_loss(
     if needs_gradient and (reduction == "none" or gradient == "backward"):
         function = _inplace_row_losses if inplace else ops.row_losses
         per_row = function(student, *target, statistics, impl)
-        loss = per_row[0] * scale if reduction == "none" else ops.weighted_sum(per_row[0], scale)
+        loss = ops.weighted(per_row[0], scale) if reduction == "none" else ops.weighted_sum(per_row[0], scale)
     elif needs_gradient and inplace:
         loss, *per_row = _InPlaceSum.apply(student, target, scale, statistics, impl)
     else:
         loss, *per_row = ops.row_sum(student, *target, scale, needs_gradient, statistics, impl)[:5]
         if reduction == "none":
-            loss = per_row[0] * scale
+            loss = ops.weighted(per_row[0], scale)
     if reduction == "none":
         loss = loss.view(lead)
     if not statistics:

@@ -1,6 +1,6 @@
 """The losses from logits as torch operators: schema, fake implementation, autograd.
 
-    whp_kernels::row_losses   a loss for each row; its backward runs the kernel again with the upstream gradient
+    whp_kernels::row_losses   a loss for each row; its backward runs the kernel again
     whp_kernels::row_sum      sum of row_scale * loss, with the gradient formed in the same pass
     whp_kernels::row_sum_     the same, the gradient written over the student's logits
     whp_kernels::row_labels   argmax labels
@@ -45,8 +45,10 @@ def _rows(student, teachers, teacher_rows, labels, edit_offsets, edit_tokens, ru
     )
 
 
-def _fake_row_losses(student: Tensor) -> RowLosses:
-    floats = torch.float64 if student.dtype == torch.float64 else torch.float32
+def _fake_row_losses(student: Tensor, teachers: list[Tensor]) -> RowLosses:
+    floats = (
+        torch.float64 if torch.float64 in (student.dtype, *(t.dtype for t in teachers)) else torch.float32
+    )
     n = student.shape[0]
     return RowLosses(
         student.new_empty(n, dtype=floats),
@@ -56,9 +58,13 @@ def _fake_row_losses(student: Tensor) -> RowLosses:
     )
 
 
+def weighted(losses: Tensor, row_scale: Tensor) -> Tensor:
+    """``row_scale * losses`` [N], 0 where the scale is 0, even if the loss is infinite."""
+    return torch.where(row_scale == 0, 0.0, losses * row_scale.to(losses.dtype))
+
+
 def weighted_sum(losses: Tensor, row_scale: Tensor) -> Tensor:
-    """Sum of ``row_scale * losses``, where a row of scale 0 adds nothing, even if its loss is infinite."""
-    return torch.where(row_scale == 0, 0.0, losses * row_scale.to(losses.dtype)).sum()
+    return weighted(losses, row_scale).sum()
 
 
 class _DifferentiableOnce(torch.autograd.Function):
@@ -120,8 +126,8 @@ def row_losses(
 
 
 @row_losses.register_fake
-def _(student, *rest):
-    return tuple(_fake_row_losses(student))
+def _(student, teachers, *rest):
+    return tuple(_fake_row_losses(student, teachers))
 
 
 def _save_for_row_losses(ctx, inputs, output):
@@ -189,9 +195,9 @@ def row_sum(
 
 
 @row_sum.register_fake
-def _(student, *rest):
-    per_row = _fake_row_losses(student)
-    with_gradient = rest[8]
+def _(student, teachers, *rest):
+    per_row = _fake_row_losses(student, teachers)
+    with_gradient = rest[7]
     gradient = student.new_empty(student.shape) if with_gradient else student.new_empty(0)
     return per_row.losses.new_empty(()), *per_row, gradient
 
@@ -248,8 +254,8 @@ def row_sum_(
 
 
 @row_sum_.register_fake
-def _(student, *rest):
-    per_row = _fake_row_losses(student)
+def _(student, teachers, *rest):
+    per_row = _fake_row_losses(student, teachers)
     return per_row.losses.new_empty(()), *per_row
 
 

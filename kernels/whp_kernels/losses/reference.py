@@ -14,11 +14,12 @@ softmax(t / T)``:
                      with m = beta p_t + (1 - beta) p_s
 
 No factor T^2 is applied. A term with probability 0 is 0. Columns that the target rules out (-inf) make the
-reverse KL infinite where the student has mass, as the formula says.
+reverse KL infinite where the student has mass, as the formula says; its gradient is not defined then. A soft
+cap comes before everything else and turns -inf into -cap: rule columns out by an edit, not before the cap.
 
-A row is *unusable* if a teacher holds a NaN in it or if its target has no finite maximum (all -inf, or +inf):
-such rows are ignored (loss and gradient 0, target ``ignore_index``), and the public functions count them. A
-NaN of the student is not hidden: it makes the loss NaN.
+A row is *unusable* if, after the edits, a teacher or the combination holds a NaN in it, or if its target has
+no finite maximum (all -inf, or +inf): such rows are ignored (loss and gradient 0, target ``ignore_index``),
+and the public functions count them. A NaN of the student is not hidden: it makes the loss NaN.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ def row_losses(
         slope = 1 - (student / rule.softcap) ** 2
     target = None
     if rule.combination == "student_offset":
-        student = teachers[0] + rule.weight * (student - teachers[1])
+        summed = teachers[0] + rule.weight * (student - teachers[1])
+        student = torch.where(torch.isneginf(teachers[0]), teachers[0], summed)  # a padded column
         kept = kept & _usable(teachers, teachers[0])
         slope = slope * rule.weight
     elif rule.combination != "none":

@@ -65,7 +65,8 @@ class RowLosses(NamedTuple):
         targets: int64 [n]: the label taught (``label``, ``hard``); for soft divergences the target's argmax
             with statistics, 0 without. ``ignore_index`` for rows that are ignored or unusable.
         entropy: float32 [n], entropy of the target (soft divergences; else 0), 0 for rows not used.
-        predicted: int64 [n], argmax of the student with statistics, else 0; lowest index on ties.
+        predicted: int64 [n], argmax of the student (``student_offset``: of the sum) with statistics, else 0;
+            lowest index on ties.
     """
 
     losses: Tensor

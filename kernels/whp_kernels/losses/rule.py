@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from dataclasses import dataclass
 
 from whp_kernels.losses.combination import Combination, Identity, Offset, RowEdits, StudentOffset, Whp
@@ -58,18 +59,20 @@ class Rule:
         """
         if divergence not in DIVERGENCES:
             raise ValueError(f"divergence is {divergence!r}, give one of {', '.join(DIVERGENCES)}")
-        if not temperature > 0:
-            raise ValueError(f"temperature is {temperature}, give a number above 0")
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature is {temperature}, give a finite number above 0")
         if temperature != 1 and divergence not in SOFT:
             raise ValueError(f"temperature has no meaning for divergence={divergence!r}; leave it at 1")
         if divergence == "jsd" and not 0 <= beta <= 1:
             raise ValueError(f"beta is {beta}, give a number from 0 to 1")
-        if softcap is not None and not softcap > 0:
-            raise ValueError(f"softcap is {softcap}, give a number above 0, or None for none")
+        if softcap is not None and not 0 < softcap < math.inf:
+            raise ValueError(f"softcap is {softcap}, give a finite number above 0, or None for none")
         if divergence == "jsd" and beta in (0, 1):  # the limits, by the convention of TRL and Liger-Kernel
             divergence = "forward_kl" if beta == 0 else "reverse_kl"
         if combination is None and edits is not None:
             raise ValueError("row_edits change a teacher, but no teachers are given")
+        if combination is None and divergence != "label":
+            raise ValueError(f"divergence={divergence!r} compares with teachers, but none are given")
         if isinstance(combination, StudentOffset) != (combination is not None and divergence == "label"):
             raise ValueError(
                 "StudentOffset goes with divergence='label' (labels are taught through the sum), and "
@@ -77,6 +80,8 @@ class Rule:
             )
         if isinstance(combination, StudentOffset) and edits is not None:
             raise ValueError("row_edits and StudentOffset cannot be used together")
+        if not math.isfinite(getattr(combination, "alpha", getattr(combination, "weight", 0.0))):
+            raise ValueError(f"the number of {combination!r} is not finite")
         top = getattr(combination, "relative_top", None)
         name, weight = {
             type(None): lambda c: ("none", 0.0),

@@ -203,7 +203,8 @@ def _tiles(rows: LinearRows, state: LinearState, tile: int, *, target: bool = Tr
                 taught=student,
             )
             if rule.combination == "student_offset" and student is not None:
-                part.taught = values[0] + rule.weight * (student - values[1])
+                summed = values[0] + rule.weight * (student - values[1])
+                part.taught = torch.where(values[0].isneginf(), values[0], summed)
             elif rule.combination != "none" and target:
                 part.target = _target(values, rule, part.first_max)
             for t in (*values, *(() if part.target is None else (part.target,))):
