@@ -109,7 +109,7 @@ def compile_case(case: Case, target: str) -> Result:
         compiled = compile_launch(case.launch, TARGETS[target])
         registers, spilled = (_amd_usage if TARGETS[target].backend == "hip" else _nvidia_usage)(compiled)
     except Exception as error:  # whatever the compiler raises is what the report is for
-        return Result(*named, error=f"does not compile: {type(error).__name__}: {str(error).strip()[:300]}")
+        return Result(*named, error=f"does not compile: {_reason(error)}")
     shared, limit = compiled.metadata.shared, SHARED_LIMIT[target]
     reasons = []
     if spilled:
@@ -117,6 +117,14 @@ def compile_case(case: Case, target: str) -> Result:
     if shared > limit:
         reasons.append(f"needs {shared} bytes of shared memory, {limit} are there")
     return Result(*named, registers, spilled, shared, "; ".join(reasons))
+
+
+def _reason(error: BaseException) -> str:
+    """The last line of what was raised first: Triton wraps it in one excerpt of code for each call."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1].strip() if lines else 'no message'}"
 
 
 def compile_launch(launch: Launch, target: GPUTarget):

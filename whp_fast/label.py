@@ -188,13 +188,14 @@ class Labeller:
         reinforced, reinforced_head = self._rows(self.reinforced, original, reinforced_rows)
         reinforced = reinforced.to(base.device)
         reinforced_head = None if reinforced_head is None else reinforced_head.to(base.device)
+        edits = RowEdits(torch.from_numpy(row_offsets), torch.from_numpy(tokens), "mean")
         labels, own = generic_labels(
             base,
             reinforced,
             self.alphas,
             base_head=base_head,
             reinforced_head=reinforced_head,
-            row_edits=RowEdits(torch.from_numpy(row_offsets), torch.from_numpy(tokens), "mean").to(base.device),
+            row_edits=edits.to(base.device),
             ignore_index=IGNORE_INDEX,
             base_choice=True,
             chunk_mib=self.chunk_mib,

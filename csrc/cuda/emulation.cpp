@@ -3,8 +3,9 @@
 //
 // A fibre runs until it meets a barrier or a shuffle, in the order that `emulate` was told: forwards, backwards, at
 // random, or one block as far as it gets alone, then the next. So a value that is read without a barrier after its
-// writing is read too early in one of the orders, and wrongly. Shared memory is filled with NaN before each row and followed by a guard; the memory of another block may be
-// touched only between the start of its threads and their end.
+// writing is read too early in one of the orders, and wrongly. Shared memory is filled with NaN before each row and
+// followed by a guard; the memory of another block may be touched only between the start of its threads and their
+// end.
 #include <torch/csrc/stable/library.h>
 #include <ucontext.h>
 

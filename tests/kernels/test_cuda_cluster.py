@@ -403,6 +403,15 @@ def test_rows_that_are_not_aligned(run, begin, stride, dtype):
         assert torch.isnan(gradient.as_strided((n * stride + 32,), (1,), 0)[outside]).all()
 
 
+@pytest.mark.parametrize("late", [0, 1, 2])
+def test_one_input_that_is_not_aligned(run, late):
+    rows = random_rows("whp", 2, "forward_kl", vocab=320, dtype=torch.bfloat16)
+    inputs = [rows.student, *rows.teachers]
+    inputs[late] = torch.cat([inputs[late].new_zeros(1), inputs[late].flatten()])[1:].view(3, 320)
+    moved = dataclasses.replace(rows, student=inputs[0], teachers=tuple(inputs[1:]))
+    assert torch.equal(run(moved, cluster=2).losses, run(rows, cluster=2).losses)
+
+
 @pytest.mark.parametrize("combination, teachers, divergence", [("none", 0, "label"), ("whp", 2, "jsd")])
 @pytest.mark.parametrize("order", [FORWARDS, BACKWARDS])
 def test_gradient_in_place(run, combination, teachers, divergence, order):

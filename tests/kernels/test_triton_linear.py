@@ -30,7 +30,7 @@ runs = pytest.mark.skipif(not (INTERPRETED or ON_GPU), reason="runs in the inter
 @pytest.mark.skipif(INTERPRETED or ON_GPU, reason="starts the other tests where there is no GPU")
 def test_in_the_interpreter():
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,

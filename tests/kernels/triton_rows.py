@@ -13,7 +13,7 @@ import os
 import hypothesis
 import pytest
 import torch
-from error_rule import CASES, assert_row_labels, assert_row_losses
+from error_rule import CASES, assert_row_labels, assert_row_losses, relative_error
 from hypothesis import strategies as st
 from whp_kernels.losses import reference, triton
 from whp_kernels.losses.combination import RowEdits
@@ -167,7 +167,7 @@ def test_values_with_the_tiles_that_are_chosen():
             assert torch.equal(row_labels(rows, [2.0])[0], reference.row_labels(rows, [2.0])[0])
 
 
-@pytest.mark.parametrize("first, second", [(3, 5), (5, 70), (31, 32), (32, 63), (0, 74), (64, 73)])
+@pytest.mark.parametrize("first, second", [(4, 6), (3, 5), (5, 70), (31, 32), (32, 63), (0, 74), (64, 73)])
 def test_values_of_ties_are_at_the_lowest_column(first, second):
     rows = rows_of("forward_kl", n=1)
     for tensor in (rows.student, *rows.teachers):
@@ -370,22 +370,27 @@ def test_values_of_the_softcap():
 # -------------------------------------------------------------------------------------------------- arguments
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="8 GB on the device")
+@pytest.mark.skipif(not INTERPRETED, reason="4 GB of the host would be copied")
 def test_arguments_of_rows_behind_two_billion_elements():
-    stride = 2**31 + 64
-    memory = torch.empty(stride + 75, dtype=torch.bfloat16)  # the pages between are never touched
-    far = memory.as_strided((2, 75), (stride, 1))
-    near = rows_of("forward_kl")
-    student = near.student.bfloat16()
-    far.copy_(student)
-    gradient, expected = torch.empty(2, 75), torch.empty(2, 75)
-    options = {"row_scale": torch.ones(2), "tile": RowTile(32, 4)}
-    row_losses(dataclasses.replace(near, student=far), gradient=gradient, **options)
-    row_losses(dataclasses.replace(near, student=student), gradient=expected, **options)
+    """Strides that fit into 32 bits, and offsets that do not. The pages between the rows are never
+    touched."""
+    stride = 2**30 + 64
+    memory = torch.empty(2 * stride + 75, dtype=torch.bfloat16)
+    far = memory.as_strided((3, 75), (stride, 1))
+    rows = rows_of("forward_kl", n=3)
+    near = rows.student.bfloat16()
+    far.copy_(near)
+    gradient, expected = torch.empty(2, 3, 75)
+    options = {"row_scale": torch.ones(3), "tile": RowTile(32, 4)}
+    row_losses(dataclasses.replace(rows, student=far), gradient=gradient, **options)
+    row_losses(dataclasses.replace(rows, student=near), gradient=expected, **options)
     assert torch.equal(gradient, expected) and bool(expected.any())
-    far_rows = dataclasses.replace(near, teachers=(far, near.teachers[1]))
-    near_rows = dataclasses.replace(near, teachers=(student, near.teachers[1]))
-    assert torch.equal(row_labels(far_rows, [2.0])[0], row_labels(near_rows, [2.0])[0])
+    triton.row_losses(dataclasses.replace(rows, student=near), gradient=far, **options)
+    assert relative_error(far.float(), expected.double()) < 0.01  # bfloat16, maybe towards zero
+    far.copy_(near)
+    there = row_labels(dataclasses.replace(rows, teachers=(rows.student, far)), [2.0])
+    here = row_labels(dataclasses.replace(rows, teachers=(rows.student, near)), [2.0])
+    assert torch.equal(there[0], here[0]) and torch.equal(there[1], here[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

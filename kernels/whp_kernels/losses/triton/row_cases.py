@@ -17,7 +17,7 @@ _WIDE, _NARROW = 32000, 2000  # columns: one of each kind for the choice of the 
 _F32, _BF16 = torch.float32, torch.bfloat16
 _TEACHERS = {"none": 0, "identity": 1, "whp": 2, "offset": 3, "student_offset": 2}
 
-# name, rule, with gradient, with statistics; the gradient's dtype is the student's unless it says otherwise
+# name, rule, with gradient, with statistics
 _LOSSES = (
     ("label", Rule(), True, False),
     ("label, softcap, statistics", Rule(softcap=30.0), True, True),
@@ -47,34 +47,47 @@ _LOSSES = (
 )
 _LABELS = (
     ("whp", Rule("whp", divergence="hard"), (5.0,)),
+    ("own choice only", Rule("identity", divergence="hard"), ()),
     ("whp, 4 weights, ban", Rule("whp", edit="ban", divergence="hard"), (1.0, 2.0, 3.0, 5.0)),
     ("offset, mean, relative_top", Rule("offset", 1.0, 0.1, edit="mean", divergence="hard"), (1.0,)),
 )
-_NARROW_LOSSES = (
+# bfloat16 with all of them; float32, whose groups are of 4 columns, and the narrow tile with those that need
+# most
+_FLOAT32_LOSSES = (
     "label",
     "hard, whp",
+    "forward_kl, whp",
+    "forward_kl, whp, statistics",
+    "cross_entropy, offset, relative_top",
     "forward_kl, whp, mean",
-    "reverse_kl, identity",
+    "reverse_kl, identity, ban",
     "jsd, offset, all options",
 )
+_NARROW_LOSSES = ("label", "forward_kl, whp, mean", "jsd, offset, all options")
 
 
 def cases() -> Iterator[Case]:
-    """Losses, labels and ``scale_``: wide tiles with float32 and bfloat16, the narrow one with float32."""
-    for dtype, columns in ((_BF16, _WIDE), (_F32, _WIDE), (_F32, _NARROW)):
-        kind = str(dtype).removeprefix("torch.")
-        for name, rule, gradient, statistics in _LOSSES:
-            if columns == _NARROW and name not in _NARROW_LOSSES:
-                continue
-            launch = _losses(rule, gradient, statistics, dtype, dtype, columns)
-            yield _case(name, kind, launch, columns == _WIDE and dtype == _BF16 and name == "forward_kl, whp")
-        for name, rule, weights in _LABELS:
-            launch = _labels(rule, weights, dtype, columns)
-            yield _case(name, kind, launch, columns == _WIDE and dtype == _F32 and name == "whp")
-    # float32 logits with a gradient for a bfloat16 product, as in the linear loss
-    for name, rule, gradient, _ in _LOSSES:
-        if gradient and name in ("label", "hard, whp", "forward_kl, whp", "jsd, whp"):
-            yield _case(name, "float32 to bfloat16", _losses(rule, True, False, _F32, _BF16, _WIDE))
+    """Losses, labels and ``scale_``."""
+    for name, rule, gradient, statistics in _LOSSES:
+        kinds = [("bfloat16", _BF16, _BF16, _WIDE)]
+        if name in _FLOAT32_LOSSES:
+            kinds.append(("float32", _F32, _F32, _WIDE))
+        if name in _NARROW_LOSSES:
+            kinds.append(("narrow float32", _F32, _F32, _NARROW))
+        if name == "forward_kl, whp":  # as in the linear loss: the gradient goes into a bfloat16 product
+            kinds.append(("float32 to bfloat16", _F32, _BF16, _WIDE))
+        for kind, dtype, gradient_dtype, columns in kinds:
+            launch = _losses(rule, gradient, statistics, dtype, gradient_dtype, columns)
+            yield _case(name, kind, launch, kind == "bfloat16" and name == "forward_kl, whp")
+    for name, rule, weights in _LABELS:
+        for kind, dtype, columns in (
+            ("bfloat16", _BF16, _WIDE),
+            ("float32", _F32, _WIDE),
+            ("narrow float32", _F32, _NARROW),
+        ):
+            yield _case(
+                name, kind, _labels(rule, weights, dtype, columns), kind == "float32" and name == "whp"
+            )
     for dtype in (_F32, _BF16):
         launch = scale_launch(_meta(dtype, 1 << 24), _meta(_F32, 1))
         yield _case("", str(dtype).removeprefix("torch."), launch, dtype == _BF16)

@@ -51,17 +51,17 @@ def row_labels_kernel(
     EDIT: tl.constexpr,
     TOP: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    TARGET: tl.constexpr,
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    WEIGHTS: tl.constexpr = len(weights)
-    SETS: tl.constexpr = WEIGHTS if WEIGHTS > 0 else 1
+    SETS: tl.constexpr = len(weights)
     GROUPS: tl.constexpr = BLOCK // GROUP
 
     i_set = tl.program_id(0) % SETS
     row = (tl.program_id(0) // SETS).to(tl.int64)
     weight = 0.0
-    for i in tl.static_range(WEIGHTS):
+    for i in tl.static_range(SETS):
         weight = tl.where(i_set == i, weights[i], weight)
     kept = row >= 0
     if p_labels is not None:
@@ -75,19 +75,22 @@ def row_labels_kernel(
         p_c, kept = row_of(p_third, stride_third, p_third_rows, row, kept)
     p_chosen += i_set.to(tl.int64) * stride_chosen + row
     if kept == 0:
-        if WEIGHTS > 0:
-            tl.store(p_chosen, tl.zeros([], tl.int64) + ignore_index)
-        tl.store(p_own + row, tl.zeros([], tl.int64) + ignore_index, mask=i_set == 0)
+        if TARGET:
+            tl.store(p_chosen, row * 0 + ignore_index)
+        tl.store(p_own + row, row * 0 + ignore_index, mask=i_set == 0)
         return
 
     value = edit_value
     threshold = float("-inf")
-    p_tokens, count = edits_of_row(p_edit_offsets, p_edit_tokens, row, EDIT)
+    p_tokens = p_edit_tokens
+    count = 0
+    if EDIT != "none":
+        p_tokens, count = edits_of_row(p_edit_offsets, p_edit_tokens, row)
     if EDIT == "mean":
         value = 0.0
         if count > 0:
             value = first_teacher_mean(p_a, V, softcap, SOFTCAP, BLOCK, GROUP)
-    if TOP != "none" and WEIGHTS > 0:
+    if TOP != "none" and TARGET:
         threshold = log_fraction + first_teacher_maximum(
             p_a, p_tokens, count, value, V, softcap, EDIT, SOFTCAP, BLOCK, GROUP
         )
@@ -110,7 +113,7 @@ def row_labels_kernel(
         i_own = higher_column(b_base, b_max, o_column, best_own, i_own)
         best_own = tl.maximum(best_own, b_max)
         sum_own += tl.sum(b_base, axis=1)
-        if WEIGHTS > 0:
+        if TARGET:
             b_target = target_tile(
                 b_base, p_b, p_c, o_column, m_column, weight, threshold, softcap, COMBINATION, TOP, SOFTCAP
             )
@@ -121,7 +124,7 @@ def row_labels_kernel(
 
     own = _usable_column(best_own, i_own, sum_own, ignore_index)
     tl.store(p_own + row, own, mask=i_set == 0)
-    if WEIGHTS > 0:
+    if TARGET:
         tl.store(p_chosen, _usable_column(best, i_best, sum_target, ignore_index))
 
 

@@ -115,7 +115,7 @@ def row_losses_kernel(
     if not STATISTICS:  # statistics tell the student's argmax of rows without a loss, too
         if kept == 0:
             tl.store(p_losses + row, 0.0)
-            tl.store(p_targets + row, tl.zeros([], tl.int64) + ignore_index)
+            tl.store(p_targets + row, row * 0 + ignore_index)
             tl.store(p_entropy + row, 0.0)
             tl.store(p_predicted + row, 0)
             if p_gradient is not None:
@@ -124,7 +124,10 @@ def row_losses_kernel(
 
     value = edit_value
     threshold = float("-inf")
-    p_tokens, count = edits_of_row(p_edit_offsets, p_edit_tokens, row, EDIT)
+    p_tokens = p_edit_tokens
+    count = 0
+    if EDIT != "none":
+        p_tokens, count = edits_of_row(p_edit_offsets, p_edit_tokens, row)
     if EDIT == "mean":
         value = 0.0
         if count > 0:
@@ -278,8 +281,6 @@ def row_losses_kernel(
             scale_s *= weight
         nothing = 0.0 * loss  # an infinite loss has no gradient
         i_label = target.to(tl.int32)
-        if JSD:
-            i_edit = 0
         for i_step in range(n_tiles):
             i_tile = i_step if JSD else n_tiles - 1 - i_step
             o_column = columns_of_tile(i_tile, BLOCK, GROUP)

@@ -99,7 +99,8 @@ def row_labels_launch(
         "p_chosen": chosen,
         "stride_chosen": chosen.stride(0),
         "p_own": own,
-        "weights": tuple(float(weight) for weight in weights),
+        "weights": tuple(float(weight) for weight in weights) or (0.0,),
+        "TARGET": len(weights) > 0,
         "BLOCK": tile.block,
         "GROUP": _group(rows.teachers),
     }

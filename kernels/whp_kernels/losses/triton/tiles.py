@@ -62,14 +62,10 @@ def logits_tile(p_row, o_column, m_column, softcap, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def edits_of_row(p_offsets, p_tokens, row, EDIT: tl.constexpr):
+def edits_of_row(p_offsets, p_tokens, row):
     """Where a row's tokens begin, and how many there are, int32."""
-    count = 0
-    if EDIT != "none":
-        begin = tl.load(p_offsets + row)
-        p_tokens += begin
-        count = (tl.load(p_offsets + row + 1) - begin).to(tl.int32)
-    return p_tokens, count
+    begin = tl.load(p_offsets + row)
+    return p_tokens + begin, (tl.load(p_offsets + row + 1) - begin).to(tl.int32)
 
 
 @triton.jit
