@@ -284,7 +284,7 @@ def read_options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--tokens", nargs="+", type=int, help="several: one for each of --vocab")
     parser.add_argument("--vocab", nargs="+", type=int)
     parser.add_argument("--hidden", type=int)
-    parser.add_argument("--repeats", type=int, help="rounds at most (default 9)")
+    parser.add_argument("--repeats", type=int, help="rounds at most (default 7)")
     parser.add_argument(
         "--seconds", type=float, default=1.5, help="of an implementation; then no further round (default 1.5)"
     )
@@ -296,7 +296,7 @@ def read_options(arguments: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU here")
-    options.repeats = options.repeats or (2 if options.quick else 9)
+    options.repeats = options.repeats or (2 if options.quick else 7)
     options.compile_backend = options.compile_backend or ("aot_eager" if options.quick else "inductor")
     if options.tokens and options.vocab and 1 < len(options.tokens) != len(options.vocab) > 1:
         parser.error(f"--tokens has {len(options.tokens)} values and --vocab {len(options.vocab)}")

@@ -19,7 +19,7 @@ from benchmarks.loss_measure import Outputs
 NEAR_TIE = 1e-4  # logits are about 10
 LOGIT_ROWS = 4096  # rows of the logits' gradient that are compared at most
 HIDDEN_ROWS = 256  # rows of the hidden states' gradient, and of the head's besides those of tokens taught
-CHUNK = 256  # rows of logits in float64 at a time
+CHUNK = {False: 64, True: 256}  # rows of logits in float64 at a time; True: of linear operations
 CAP = 1e-4  # no baseline is taken to be worse than this, however wrong it is
 FLOOR = 1e-6  # a few roundings of float32
 
@@ -50,7 +50,10 @@ class Truth:
         if outputs.gradients is None:
             kept = self.rows[0]
             return float((outputs.loss[kept] != self.loss[kept]).double().mean()), None
-        found = [gradient[rows] for gradient, rows in zip(outputs.gradients, self.rows)]
+        found = [
+            gradient if len(rows) == len(gradient) else gradient[rows]
+            for gradient, rows in zip(outputs.gradients, self.rows)
+        ]
         expected = self.loss + (self.entropy if cross_entropy else 0.0)
         return _largest_error(found, self.gradients), abs(float(outputs.loss) - expected) / abs(expected)
 
@@ -76,8 +79,8 @@ def find_truth(op: Op, inputs: Inputs) -> Truth:
     labels, d_rows = inputs.labels.clone(), []
     undecided = torch.zeros(n, dtype=torch.bool, device=device)
     rivals = []
-    for start in range(0, n, CHUNK):
-        part = slice(start, min(start + CHUNK, n))
+    for start in range(0, n, CHUNK[op.linear]):
+        part = slice(start, min(start + CHUNK[op.linear], n))
         logits = [_logits(model, head, part) for model, head in zip(models, heads)]
         if op.teachers_choose:
             labels[part], undecided[part], two_best = _choice(whp_target(*logits[1:]))
@@ -139,8 +142,7 @@ def _largest_error(found: list[Tensor], truth: list[Tensor]) -> float:
 
 
 def _relative_error(found: Tensor, truth: Tensor) -> float:
-    difference = total = 0.0
-    for part, expected in zip(found.split(CHUNK), truth.split(CHUNK)):
-        difference += float((part.double() - expected).square().sum())
-        total += float(expected.square().sum())
-    return (difference / total) ** 0.5 if total else float("nan")
+    difference = sum(
+        float((part - expected).norm()) ** 2 for part, expected in zip(found.split(64), truth.split(64))
+    )
+    return difference**0.5 / float(truth.norm())

@@ -55,7 +55,8 @@ def losses_and_gradients(
     shift, row_scale = _float16_scale(row_scale, compute)
     d_hidden_dtype = torch.float32 if rows.hidden.dtype == torch.float16 else rows.hidden.dtype
     d_hidden = torch.empty(rows.hidden.shape, dtype=d_hidden_dtype, device=device) if needs[0] else None
-    d_weight = torch.zeros(rows.weight.shape, dtype=wide, device=device) if needs[1] else None
+    make = torch.empty if n else torch.zeros  # the first chunk writes it, the others add to it
+    d_weight = make(rows.weight.shape, dtype=wide, device=device) if needs[1] else None
     d_bias = torch.zeros(vocabulary, dtype=wide, device=device) if needs[2] else None
 
     separate_gradient = any(needs) and compute != wide
@@ -99,7 +100,7 @@ def losses_and_gradients(
         if needs[0]:
             product(gradient, head, out_dtype=d_hidden_dtype, out=d_hidden[part])
         if needs[1]:
-            product(gradient.t(), hidden, out_dtype=wide, out=d_weight, accumulate=True)
+            product(gradient.t(), hidden, out_dtype=wide, out=d_weight, accumulate=start > 0)
         if needs[2]:
             d_bias += gradient.sum(dim=0, dtype=wide)
     if shift is not None:
