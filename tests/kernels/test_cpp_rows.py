@@ -166,6 +166,12 @@ def test_every_narrow_number_is_read_and_written_like_torch(dtype, isa):
         expected = (scale * 0.5).to(dtype)
         assert torch.equal(gradient[:, 1].isnan(), expected.isnan())
         assert torch.equal(gradient[:, 1][~expected.isnan()], expected[~expected.isnan()])
+    scale = torch.tensor([0x7FFFFFFF, -1], dtype=torch.int32).view(
+        torch.float32
+    )  # NaN that rounding overflows
+    gradient = torch.empty(2, 2, dtype=dtype)
+    cpp.row_losses(Rows(student[:2], labels=labels[:2]), row_scale=scale, gradient=gradient)
+    assert gradient.isnan().all()
     # read: the student's argmax among a number and zero tells its sign, the loss its value
     pairs = torch.stack([torch.zeros_like(numbers), numbers], dim=1)
     result = cpp.row_losses(Rows(pairs, labels=labels), statistics=True)
@@ -393,6 +399,15 @@ def test_edits(edit, dtype, isa):
     labels, own = cpp.row_labels(dataclasses.replace(rows, student=None), [5.0, 0.0])
     expected, expected_own = reference.row_labels(dataclasses.replace(rows, student=None), [5.0, 0.0])
     assert torch.equal(labels, expected) and torch.equal(own, expected_own)
+
+
+def test_negative_tokens_match_no_column(isa):
+    rows = rows_of("forward_kl", n=1, vocab=2300, edit="ban")
+    some = dataclasses.replace(rows, edit_offsets=torch.tensor([0, 2]), edit_tokens=torch.tensor([3, 2000]))
+    more = dataclasses.replace(
+        rows, edit_offsets=torch.tensor([0, 4]), edit_tokens=torch.tensor([-2_000_000, -1, 3, 2000])
+    )
+    assert torch.equal(run(some)[0].losses, run(more)[0].losses)
 
 
 def test_edits_of_a_chunk_of_rows(isa):

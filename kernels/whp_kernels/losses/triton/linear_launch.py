@@ -67,7 +67,7 @@ def gemm_tile(rows: LinearRows, gpu: Hardware) -> GemmTile:
     shows both). One tile for all passes of a loss, so that they compute the same logits bit for bit."""
     if any(t.element_size() > 2 for model in rows.models for t in (model.hidden, model.weight)):
         # left alone, the compiler spills some registers for the sake of occupancy
-        return GemmTile(32, 64, 32, 2, 8, 192)
+        return GemmTile(32, 32, 32, 2, 8, 255)
     stages = 2 if gpu.capability is None else 3  # AMD has 64 KiB of shared memory
     if rows.hidden is None or _costly(rows):  # labels keep a best logit for each weight
         return GemmTile(64, 64, 64, stages, 8)
