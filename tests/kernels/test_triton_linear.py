@@ -140,6 +140,17 @@ def test_every_option_equals_the_reference(option, divergence):
 
 
 @runs
+@pytest.mark.parametrize("outside", ["keep", "mask"])
+def test_only_the_first_teachers_highest_column(outside):
+    """It has to be found again in a later pass, bit for bit."""
+    rows = build(cases.rule("whp", "forward_kl", weight=3.0, relative_top=1.0, outside=outside))
+    found = check(rows)
+    check_labels(rows, (3.0,))
+    if outside == "mask":
+        assert (found.entropy == 0).all() and (found.targets >= 0).sum() == (rows.labels >= 0).sum()
+
+
+@runs
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("combination", ["identity", "whp", "offset", "student_offset"])
 def test_one_head_for_all_models(monkeypatch, combination, dtype):

@@ -271,6 +271,12 @@ def test_values_of_a_filtered_nan_and_a_row_of_it(outside):
     assert (result.targets == rows.ignore_index).tolist() == [True, True, False]
 
 
+@pytest.mark.parametrize("outside", ["keep", "mask"])
+def test_values_of_a_filter_that_only_the_maximum_passes(outside):
+    rows = rows_of("forward_kl", relative_top=1.0, outside=outside)
+    assert_agree(rows, RowTile(32, 4))
+
+
 def test_values_of_unusable_rows_of_student_offset():
     labels = torch.tensor([4, 5, 6, 7])
     rows = Rows(
@@ -365,6 +371,13 @@ def test_values_of_the_softcap():
         student = (center + logits(2, 75, 3, 0.3)) * 10.0
         rows = Rows(student, labels=torch.tensor([4, 74]), rule=Rule(softcap=10.0))
         assert_agree(rows, RowTile(32, 4))
+    # a low cap: columns outside the row, at -cap instead of -inf, would weigh as much as others. Small logits:
+    # where tanh is 1 in float32 the highest columns would be equal.
+    rows = rows_of("forward_kl", softcap=0.5)
+    small = dataclasses.replace(
+        rows, student=rows.student * 0.05, teachers=tuple(t * 0.05 for t in rows.teachers)
+    )
+    assert_agree(small, RowTile(32, 4))
 
 
 # -------------------------------------------------------------------------------------------------- arguments

@@ -90,10 +90,13 @@ def gradients(
     needs_bias: bool,
     tile: int = 2048,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """See :func:`whp_kernels.losses.store_free.gradients`; ``tile`` is the number of columns of the
-    buffer."""
+    """See :func:`whp_kernels.losses.store_free.gradients`; ``tile`` is the number of columns of the buffer,
+    rounded up to whole tiles."""
     n, vocabulary, device = rows.count, rows.vocabulary, rows.device
     gpu = launches.hardware(device)
+    # tiles that lie where those of the forward pass lay: their logits are the same, bit for bit
+    columns_of_tile = launches.gemm_tile(rows, gpu).columns
+    tile = -(-tile // columns_of_tile) * columns_of_tile
     dtype = rows.hidden.dtype if rows.hidden.dtype == rows.weight.dtype else torch.float32
     floats = {"dtype": torch.float32, "device": device}
     d_hidden = torch.zeros(rows.hidden.shape, **floats) if needs_hidden else None
