@@ -214,6 +214,7 @@ def _save_for_losses(ctx, inputs, output):
     ctx.save_for_backward(*student, *target[0], *target[1], *target[2], *target[3], *target[4:7])
     ctx.rule, ctx.ignore_index, ctx.how = target[7], target[8], how
     ctx.needs = [ctx.needs_input_grad[k] for k in range(3)]
+    ctx.set_materialize_grads(False)  # else zeros as large as the saved gradients come with every backward
     ctx.mark_non_differentiable(*output[1:])
 
 
@@ -332,6 +333,7 @@ def _save_for_sum(ctx, inputs, output):
     ctx.lists = ops.no_gradients(inputs[3:7])
     ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs[:3]]
     ctx.needs = inputs[-3:]
+    ctx.set_materialize_grads(False)  # else zeros as large as the saved gradients come with every backward
     ctx.mark_non_differentiable(*output[1:])
 
 
