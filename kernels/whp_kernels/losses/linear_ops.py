@@ -214,7 +214,6 @@ def _save_for_losses(ctx, inputs, output):
     ctx.save_for_backward(*student, *target[0], *target[1], *target[2], *target[3], *target[4:7])
     ctx.rule, ctx.ignore_index, ctx.how = target[7], target[8], how
     ctx.needs = [ctx.needs_input_grad[k] for k in range(3)]
-    ctx.set_materialize_grads(False)  # else zeros as large as the saved gradients come with every backward
     ctx.mark_non_differentiable(*output[1:])
 
 
@@ -339,6 +338,8 @@ def _save_for_sum(ctx, inputs, output):
 
 @ops.once
 def _backward_of_sum(ctx, d_total, *_):
+    if d_total is None:  # nothing came from the loss
+        return (None, None, None, *ctx.lists, *[None] * 15)
     gradients = (
         ops.scaled(gradient, d_total).to(dtype) if needed else None
         for gradient, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs)

@@ -211,6 +211,8 @@ def _save_for_row_sum(ctx, inputs, output):
 
 @once
 def _backward_of_row_sum(ctx, d_total, *_):
+    if d_total is None:  # nothing came from the loss
+        return (None, *ctx.lists, *[None] * 9)
     (gradient,) = ctx.saved_tensors
     if not gradient.numel():
         raise RuntimeError("whp_kernels::row_sum was run with with_gradient=False and has no backward")
