@@ -37,12 +37,14 @@ REQUIREMENTS = [
     "pyyaml>=6",
     "rich>=13",
     "matplotlib>=3.8",
+    "tensorboard>=2.15",
 ]
 TEST_REQUIREMENTS = [
     "transformers>=4.57",
     "accelerate>=1.10",
     "datasets>=4.1",
     "trl>=0.24",
+    "bitsandbytes>=0.50; platform_system == 'Linux'",
     "triton>=3.7.1; sys_platform == 'linux'",  # its interpreter beside NumPy 2.4
     "protobuf>=4",
     "pytest>=8",

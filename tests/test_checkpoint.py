@@ -10,11 +10,14 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from whp_kernels.optim import join, split
 
-from whp_fast.checkpoint import load_config, load_model, save_model
+from whp_fast.adapters import add_adapter, merged
+from whp_fast.checkpoint import load_config, load_model, read_tensors, save_model
 from whp_fast.errors import UserError
 from whp_fast.model import Llama
 from whp_fast.model_config import LlamaConfig
+from whp_fast.quantised import QuantisedLinear, quantise_
 
 TINY = dict(
     vocab_size=53,
@@ -385,3 +388,187 @@ def test_tensors_are_read_one_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr("whp_fast.checkpoint.safe_open", Watched)
     loaded = load_model(tmp_path)
     assert len(read) == len(list(loaded.parameters()))
+
+
+def shapes(model):
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_quantised_while_reading(kind, dtype, tmp_path):
+    """From the float32 of the file, whatever the dtype of the rest."""
+    model = make(CONFIGS["qwen2"])
+    save_model(model, tmp_path, max_shard_bytes=9000)
+    loaded = load_model(tmp_path, dtype=dtype, quantise=kind)
+    quantise_(model, kind)
+    assert loaded.training and sum(isinstance(m, QuantisedLinear) for m in loaded.modules()) == 14
+    buffers = dict(loaded.named_buffers())
+    assert set(buffers) == {name for name, _ in model.named_buffers()}
+    assert all(torch.equal(buffers[name], buffer) for name, buffer in model.named_buffers())
+    for name, parameter in model.named_parameters():
+        found = loaded.get_parameter(name)
+        assert torch.equal(found, parameter.to(dtype)) and not found.requires_grad
+    assert load_model(tmp_path, device="meta", quantise=kind).lm_head_weight.is_meta
+
+
+def test_quantising_never_holds_two_unquantised_weights(tmp_path, monkeypatch):
+    save_model(make(CONFIGS["llama2"]), tmp_path)
+    alive, original = [], QuantisedLinear.quantise_from
+
+    def watched(layer, weight):
+        assert all(reference() is None for reference in alive)
+        alive.append(weakref.ref(weight))
+        original(layer, weight)
+
+    monkeypatch.setattr(QuantisedLinear, "quantise_from", watched)
+    load_model(tmp_path, quantise="int8")
+    assert len(alive) == 14
+
+
+@pytest.mark.parametrize("file_dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_master_is_the_value_of_the_file(file_dtype, tmp_path):
+    model = make(CONFIGS["llama2"])
+    with torch.no_grad():
+        model.model.norm.weight[:2] = torch.tensor([1 + 2**-8, -1 - 2**-8])  # ties: away from zero
+    save_model(model, tmp_path, max_shard_bytes=9000, dtype=file_dtype)
+    remainders, alive = {}, []
+
+    def keep(name, exact):
+        assert all(reference() is None for reference in alive)
+        alive.append(weakref.ref(exact))
+        assert exact.dtype == torch.float32 and torch.equal(exact, exact_values[name])
+        remainders[name] = split(exact)[1]
+
+    exact_values = {name: p.detach().to(file_dtype).float() for name, p in model.named_parameters()}
+    loaded = load_model(tmp_path, dtype=torch.bfloat16, master=keep)
+    assert len(remainders) == len(exact_values)
+    for name, parameter in loaded.named_parameters():
+        assert parameter.dtype == torch.bfloat16 and parameter.requires_grad
+        assert torch.equal(join(parameter.detach(), remainders[name]), exact_values[name])
+    if file_dtype != torch.bfloat16:
+        assert loaded.model.norm.weight[:2].tolist() == [1 + 2**-7, -1 - 2**-7]
+
+
+def test_a_master_is_for_bfloat16_alone(tmp_path):
+    save_model(make(CONFIGS["llama2"]), tmp_path)
+    for settings in (dict(dtype=torch.float32), dict(dtype=torch.bfloat16, quantise="nf4")):
+        with pytest.raises(ValueError, match="master is for"):
+            load_model(tmp_path, master=print, **settings)
+
+
+@pytest.mark.parametrize("processes", [1, 3, 40])
+def test_rows_are_read_without_the_rest(processes, tmp_path, monkeypatch):
+    """Shards as FSDP2 cuts them; some processes hold no row of a tensor."""
+    model = make(CONFIGS["llama2"])
+    save_model(model, tmp_path, max_shard_bytes=9000, dtype=torch.float16)
+    monkeypatch.setattr("whp_fast.checkpoint.SliceReader.whole", None)
+    seen = set()
+    for name, reader in read_tensors(tmp_path, model.config, shapes(model)):
+        expected = model.get_parameter(name).detach().half()
+        each = -(-reader.shape[0] // processes)
+        parts = [reader.rows(i * each, (i + 1) * each) for i in range(processes)]
+        assert reader.dtype == parts[0].dtype == torch.float16
+        assert all(part.shape[1:] == expected.shape[1:] for part in parts)
+        assert torch.equal(torch.cat(parts), expected)
+        wide = reader.rows(1, 3, torch.float32)
+        assert wide.dtype == torch.float32 and torch.equal(wide, expected[1:3].float())
+        assert reader.rows(1, 1, torch.float32).dtype == torch.float32
+        assert wide.untyped_storage().nbytes() == wide.numel() * 4
+        seen.add(name)
+    assert seen == set(shapes(model))
+
+
+def test_all_is_checked_before_a_tensor_is_handed_out(tmp_path):
+    """An error of the reader's caller is its own, and not a damaged file."""
+    model = make(CONFIGS["llama2"])
+    save_model(model, tmp_path)
+    with pytest.raises(UserError, match="no part of the llama model"):
+        list(read_tensors(tmp_path, model.config, {}))
+    wrong = {**shapes(model), NORM: (31,)}
+    handed_out = []
+    with pytest.raises(UserError, match=r"has shape \[32\], .* asks for \[31\]"):
+        handed_out += [name for name, _ in read_tensors(tmp_path, model.config, wrong)]
+    assert NORM not in handed_out
+    with pytest.raises(OSError, match="mine"):
+        for _ in read_tensors(tmp_path, model.config, shapes(model)):
+            raise OSError("mine")
+
+
+def as_tensors(form, model):
+    if form == "mapping":
+        return dict(reversed(list(model.named_parameters())))
+    if form == "calls":
+        return {name: lambda p=p: p.detach().clone() for name, p in model.named_parameters()}
+    return ((name, p.detach().clone()) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("form", ["mapping", "calls", "iterator"])
+@pytest.mark.parametrize("max_shard_bytes", [6000, 2**30])
+def test_tensors_are_written_as_a_model_is(form, max_shard_bytes, tmp_path):
+    model = make(CONFIGS["qwen3"])
+    for dtype in (torch.float32, torch.bfloat16):
+        save_model(model, tmp_path / "a", max_shard_bytes, dtype)
+        save_model(as_tensors(form, model), tmp_path / "b", max_shard_bytes, dtype, config=model.config)
+        files = sorted(path.name for path in (tmp_path / "a").iterdir())
+        assert files == sorted(path.name for path in (tmp_path / "b").iterdir())
+        for file in files:
+            assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+@pytest.mark.parametrize("form", ["calls", "iterator"])
+def test_only_the_shard_being_written_is_held(form, tmp_path):
+    model = make(CONFIGS["llama2"])
+    limit, alive = 6000, []
+
+    def made(parameter):
+        held = [array for reference in alive if (array := reference()) is not None]
+        assert sum(array.nbytes for array in held) <= limit
+        array = parameter.detach().numpy().copy()  # lives as long as any tensor over it
+        alive.append(weakref.ref(array))
+        return torch.from_numpy(array)
+
+    if form == "calls":
+        tensors = {name: lambda p=p: made(p) for name, p in model.named_parameters()}
+    else:
+        tensors = ((name, made(p)) for name, p in model.named_parameters())
+    save_model(tensors, tmp_path, limit, torch.float32, config=model.config)
+    assert len(alive) == len(shapes(model)) > 10
+
+
+def test_tensors_of_another_model_are_refused_and_the_folder_is_kept(tmp_path):
+    model = make(CONFIGS["llama2"])
+    save_model(model, tmp_path)
+    tensors = dict(model.named_parameters())
+    fewer = {name: tensor for name, tensor in tensors.items() if name != NORM}
+    with_adapter, quantised = make(CONFIGS["llama2"]), quantise_(make(CONFIGS["llama2"]), "nf4")
+    add_adapter(with_adapter, "one", rank=1, alpha=1, targets=["q_proj"])
+    config = dict(config=model.config)
+    for wrong, dtype, settings, said in [
+        (tensors, None, config, "tensors need dtype and config"),
+        (tensors, torch.float32, {}, "tensors need dtype and config"),
+        (fewer, torch.float32, config, f"not those of a llama model of this config: {NORM}"),
+        ({**tensors, "extra": tensors[NORM]}, torch.float32, config, "of this config: extra"),
+        (with_adapter, None, {}, "adapters.one.a"),
+        (quantised, None, {}, "model.layers.0.mlp.down_proj.weight"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            save_model(wrong, tmp_path, dtype=dtype, **settings)
+        with torch.no_grad():
+            assert torch.equal(load_model(tmp_path)(ids()), model(ids()))
+    save_model(merged(with_adapter, "one"), tmp_path / "merged", dtype=torch.float32, **config)
+    save_model(merged(quantised, None), tmp_path / "quantised", dtype=torch.float32, **config)
+
+
+def test_an_iterator_that_goes_astray_leaves_no_complete_folder(tmp_path):
+    model = make(CONFIGS["llama2"])
+    pairs = list(model.named_parameters())
+    for wrong, said in [
+        (pairs[::-1], "expected the tensor model.embed_tokens.weight, got lm_head.weight"),
+        (pairs[:-1], "expected the tensor lm_head.weight, got the end"),
+        ([*pairs, pairs[0]], "expected the end of the tensors, got model.embed_tokens.weight"),
+        ([(pairs[0][0], torch.ones(3, 32))], r"has shape \[3, 32\], expected \[53, 32\]"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            save_model(iter(wrong), tmp_path, dtype=torch.float32, config=model.config)
+        assert not (tmp_path / "config.json").exists()

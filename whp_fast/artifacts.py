@@ -28,7 +28,7 @@ from whp_fast.errors import UserError
 
 _MARKER = "complete.json"
 _SETTINGS = "settings.json"
-_FORMAT = 1  # raised when artifacts change their layout, so that old ones are made anew
+_FORMAT = 2  # raised when artifacts change their layout, so that old ones are made anew
 _HASHED_BYTES = 1 << 20
 _SAMPLES = 64
 
@@ -87,6 +87,12 @@ class RunFolder:
             self.close()
             raise
 
+    def finished(self, name: str, fingerprint: str) -> Stage | None:
+        """The stage, if it is complete for these dependencies (see :func:`stage_fingerprint`)."""
+        self._recover(self.path / name)
+        done = self.read(name)
+        return done if done is not None and done.fingerprint == fingerprint else None
+
     def stage(self, name: str, depends_on: dict, work: Callable[[Path], dict | None]) -> Stage:
         """Run a stage unless it is complete for the same dependencies.
 
@@ -94,16 +100,16 @@ class RunFolder:
             name: folder name.
             depends_on: everything the result depends on (settings, fingerprints of inputs and earlier
             stages).
-            work: writes the files into the folder it is given; returns the summary.
+            work: writes the files into the folder it is given; returns the summary, whose "earlier_seconds"
+                (of a start that was stopped before) are added to those of the stage.
 
         Raises:
             UserError: the disk is full. What was there before stays, and nothing half-written is left.
         """
-        fingerprint = digest({"stage": name, "format": _FORMAT, **depends_on})
+        fingerprint = stage_fingerprint(name, depends_on)
         folder = self.path / name
-        self._recover(folder)
-        done = self.read(name)
-        if done is not None and done.fingerprint == fingerprint:
+        done = self.finished(name, fingerprint)
+        if done is not None:
             return done
         partial = folder.with_name(f".{name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
@@ -111,7 +117,7 @@ class RunFolder:
         try:
             partial.mkdir()
             summary = work(partial) or {}
-            seconds = time.monotonic() - began
+            seconds = time.monotonic() - began + summary.pop("earlier_seconds", 0.0)
             _mark_complete(partial, fingerprint, seconds, summary)
         except BaseException as error:
             shutil.rmtree(partial, ignore_errors=True)
@@ -157,8 +163,9 @@ class RunFolder:
         write_json(file, settings)
 
     def _clear(self) -> None:
+        ours = (".partial", ".old", ".snapshots")
         for entry in self.path.iterdir():
-            if entry.is_dir() and ((entry / _MARKER).is_file() or entry.name.endswith((".partial", ".old"))):
+            if entry.is_dir() and ((entry / _MARKER).is_file() or entry.name.endswith(ours)):
                 shutil.rmtree(entry)
         (self.path / _SETTINGS).unlink(missing_ok=True)
 
@@ -215,6 +222,11 @@ def write_json(path: Path, value) -> None:
 def digest(value) -> str:
     """A fingerprint of JSON-like data."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def stage_fingerprint(name: str, depends_on: dict) -> str:
+    """What makes a stage's result the one that is asked for."""
+    return digest({"stage": name, "format": _FORMAT, **depends_on})
 
 
 def files_digest(files: Iterable[Path], *, sampled: bool = False) -> str:

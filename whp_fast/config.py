@@ -27,9 +27,85 @@ class ModelConfig:
     """Hugging Face folder: config.json, safetensors weights, tokenizer files."""
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """dtype of matrix products in training; the weights themselves stay an exact float32 master."""
-    activation_checkpointing: bool = False
-    """Compute each block again in the backward pass instead of keeping its activations: less memory, a third
-    more work."""
+
+
+@dataclass
+class MemoryConfig:
+    """What is kept in which form while a model is trained. ``python -m whp_fast.plan`` tells what fits."""
+
+    weights: Literal["auto", "float32", "bfloat16"] = "auto"
+    """bfloat16: parameters in bfloat16 and a 16-bit remainder in the optimizer, together an exact float32
+    master;
+    float32: the master itself; auto: that of model.compute_dtype."""
+    moments: Literal["float32", "bfloat16", "int8"] = "float32"
+    """AdamW's two moments; int8: blocks of 256 with a scale each."""
+    gradients: Literal["float32", "bfloat16"] = "float32"
+    """What gradients of several micro-batches are added up in; bfloat16 only beside bfloat16 weights."""
+    offload_moments: bool = False
+    """Moments and remainder live in host memory."""
+    optimizer: Literal["whp", "bitsandbytes"] = "whp"
+    """bitsandbytes: its 8-bit AdamW on float32 weights."""
+    checkpointing: Literal["none", "selective", "full"] = "none"
+    """Activation checkpointing: full keeps the inputs of blocks alone and computes a third more, selective
+    keeps the results of matrix products and attention too."""
+    lora_rank: int = 0
+    """0: full training; above: both trainings are adapters of this rank over one frozen base."""
+    lora_alpha: float = 16.0
+    """Strength of an adapter: its product counts lora_alpha / lora_rank."""
+    lora_targets: list[str] = field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
+    """Projections with adapters."""
+    frozen: Literal["auto", "float32", "bfloat16", "nf4", "int8"] = "auto"
+    """How a frozen base is kept under adapters; auto: in model.compute_dtype. nf4 and int8 need
+    bitsandbytes."""
+    shard_teachers: bool = False
+    """Several processes: the label stage's models are sharded in the place of a copy for each process."""
+    replicas: int = 1
+    """Groups of processes that hold a copy of the shards each (hybrid sharding over nodes)."""
+
+    def __post_init__(self) -> None:
+        _refuse_below(self, "memory", above_zero=("lora_alpha", "replicas"), from_zero=("lora_rank",))
+        if self.gradients == "bfloat16" and self.weights == "float32":
+            raise UserError(
+                "memory.gradients: float32 weights have float32 gradients; set float32, or memory.weights "
+                "bfloat16."
+            )
+        if self.optimizer == "bitsandbytes" and self.weights == "bfloat16" and not self.lora_rank:
+            raise UserError(
+                "memory.optimizer: bitsandbytes rounds its updates to the weights, and bfloat16 would lose "
+                "most of them; set memory.weights float32, or the optimizer whp with memory.moments int8."
+            )
+        if self.frozen in ("nf4", "int8") and not self.lora_rank:
+            raise UserError(
+                f"memory.frozen: {self.frozen} weights are not trained themselves; set memory.lora_rank too."
+            )
+        known = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+        for target in self.lora_targets:
+            if target not in known:
+                nearest = difflib.get_close_matches(target, known, n=1, cutoff=0.0)[0]
+                raise UserError(
+                    f"memory.lora_targets: there is no projection {target!r}; did you mean {nearest!r}?"
+                )
+
+    def weights_dtype(self, compute_dtype: str) -> str:
+        """float32 or bfloat16: ``weights`` with auto resolved."""
+        if self.weights != "auto":
+            return self.weights
+        return "float32" if self.optimizer == "bitsandbytes" else compute_dtype
+
+
+RESULT_OF_MEMORY = (
+    "weights",
+    "moments",
+    "gradients",
+    "optimizer",
+    "lora_rank",
+    "lora_alpha",
+    "lora_targets",
+    "frozen",
+)
+"""The memory settings that change a result by more than the order of its sums."""
 
 
 @dataclass
@@ -160,10 +236,22 @@ class UnlearnConfig(TrainConfig):
     """Highest learning rate."""
     evaluate_every: int = 20
     """Steps between the points of the curve; 0: only before and after."""
+    target: Literal["hard", "soft", "reverse"] = "hard"
+    """hard: cross-entropy with the generic labels; soft: KL from the combined distribution to the model's;
+    reverse: KL from the model's to it. The last two need the teachers' hidden states, which the label stage
+    keeps."""
+    cache_dtype: Literal["bfloat16", "float8"] = "bfloat16"
+    """dtype of the kept hidden states; float8 with a scale for each row."""
+    retain: list[str] | str = field(default_factory=list)
+    """.txt and .jsonl files, or folders, of text on which the model shall stay as the base is."""
+    retain_weight: float = 1.0
+    """Weight of KL to the base on the retain text, beside the loss on the labels."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _refuse_below(self, self.name, from_zero=("evaluate_every",))
+        if isinstance(self.retain, str):
+            self.retain = [self.retain] if self.retain else []
+        _refuse_below(self, self.name, from_zero=("evaluate_every", "retain_weight"))
 
 
 @dataclass
@@ -216,10 +304,17 @@ class RunConfig:
     device: str = "cpu"
     """cpu, cuda, or auto: cuda where there is one."""
     threads: int = 0
-    """CPU threads; 0: all cores."""
+    """CPU threads; 0: all cores, divided among the processes of a machine."""
+    snapshot_minutes: float = 10.0
+    """A training that was stopped or killed goes on from its last snapshot; minutes between them, 0: none by
+    time."""
+    snapshot_steps: int = 0
+    """Steps between snapshots; 0: by time alone."""
+    tensorboard: bool = True
+    """Write the log of the trainings for TensorBoard too, if it is installed."""
 
     def __post_init__(self) -> None:
-        _refuse_below(self, "run", from_zero=("seed", "threads"))
+        _refuse_below(self, "run", from_zero=("seed", "threads", "snapshot_minutes", "snapshot_steps"))
 
 
 @dataclass
@@ -227,6 +322,7 @@ class JobConfig:
     """A whole job."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     data: DataConfig = field(default_factory=DataConfig)
     anchors: AnchorsConfig = field(default_factory=AnchorsConfig)
     reinforce: ReinforceConfig = field(default_factory=ReinforceConfig)
@@ -257,11 +353,12 @@ class JobConfig:
             )
 
     def settings(self) -> dict:
-        """What decides the result, as JSON types: all but the folder, the device and the number of
-        threads.
+        """What decides the result, as JSON types: all but the folder, the device, threads, snapshots, and how
+        memory is divided among processes.
         """
         settings = dataclasses.asdict(self)
         settings["run"] = {"seed": self.run.seed}
+        settings["memory"] = {key: settings["memory"][key] for key in RESULT_OF_MEMORY}
         return settings
 
 

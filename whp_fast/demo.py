@@ -33,10 +33,12 @@ from whp_fast.engine import plan_steps, train
 from whp_fast.errors import UserError, exit_status
 from whp_fast.model import Llama
 from whp_fast.model_config import LlamaConfig
+from whp_fast.objectives import LabelTargets, Objective
 from whp_fast.progress import say, track
 from whp_fast.saga import make_world
 from whp_fast.tokens import SentencePieceTokenizer, Tokenizer, load_tokenizer
 from whp_fast.train import run_job
+from whp_fast.trainee import Trainee
 
 
 @dataclass(frozen=True)
@@ -304,17 +306,17 @@ def _train_on(
     blocks = Blocks.of(_shuffled_passes(documents, passes, seed), context)
     once = replace(settings, epochs=1.0)
     n_steps = len(plan_steps(len(blocks), once, seed))
+    trainee = Trainee.from_model(model, once, compute_dtype=torch.bfloat16)
     with track(name, n_steps) as advance:
         train(
-            model,
-            blocks,
-            None,
+            trainee,
+            [Objective(blocks, LabelTargets(blocks, None))],
             once,
             seed=seed,
             device=torch.device("cpu"),
-            compute_dtype=torch.bfloat16,
             on_step=lambda r: advance(1, f"step {r.step}/{n_steps}  loss {r.loss:.3f}"),
         )
+    trainee.to_float32()
 
 
 def _shuffled_passes(documents: Sequence[np.ndarray], passes: float, seed: int) -> np.ndarray:

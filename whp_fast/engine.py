@@ -1,25 +1,29 @@
 """One training loop for both trainings: the reinforced model, and the unlearned one.
 
-The weights are an exact float32 master; matrix products run in ``compute_dtype`` under autocast. The loss of
-a step is the sum over its trained positions divided by their number, over all accumulated micro-batches
-together, so masking and accumulation never change it.
+The loss of a step is the sum over its trained positions divided by their number, over all accumulated
+micro-batches and all processes together, so masking, accumulation and the number of processes never change
+it. A step's blocks are dealt out to the processes in turn; one that has none left computes along on a block
+without labels, because shards are gathered by all or by none.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from whp_kernels.losses import IGNORE_INDEX, linear_combination_loss
 
 from whp_fast.config import TrainConfig
-from whp_fast.corpus import Blocks
 from whp_fast.errors import UserError
-from whp_fast.model import Llama
+from whp_fast.objectives import Objective, padded
+from whp_fast.processes import Processes
+from whp_fast.snapshots import Snapshot, Snapshots
+from whp_fast.stopping import Stopped, StopRequest
+from whp_fast.trainee import Trainee, clip_scale
 
 
 @dataclass(frozen=True)
@@ -28,12 +32,14 @@ class StepRecord:
 
     Attributes:
         step: counted from 1.
-        loss: mean over the trained positions of the step, nats.
+        loss: mean over the trained positions of the step, nats, weighted objectives added up.
         grad_norm: before clipping.
         lr: learning rate of the step.
         trained: positions with a label.
-        tokens: tokens read.
+        tokens: tokens read, of all processes.
         seconds: wall time of the step.
+        data_seconds: of these, spent waiting for the blocks.
+        memory_bytes: highest so far: allocated on the GPU, or resident of a process on the CPU.
     """
 
     step: int
@@ -43,87 +49,165 @@ class StepRecord:
     trained: int
     tokens: int
     seconds: float
+    data_seconds: float = 0.0
+    memory_bytes: int = 0
+
+
+@dataclass
+class Keeping:
+    """When and where a training is saved, so that it can go on after it was stopped or killed.
+
+    Attributes:
+        snapshots: where.
+        resumed: the snapshot to go on from, or None.
+        minutes, steps: between snapshots; 0: none by this measure.
+        state: called for what the caller wants back, as JSON types, when the training goes on.
+    """
+
+    snapshots: Snapshots
+    resumed: Snapshot | None = None
+    minutes: float = 10.0
+    steps: int = 0
+    state: Callable[[], dict] = dict
+
+    def due(self, step: int, last: float) -> bool:
+        by_time = self.minutes and time.monotonic() - last >= 60 * self.minutes
+        return bool(by_time or (self.steps and step % self.steps == 0))
 
 
 def train(
-    model: Llama,
-    blocks: Blocks,
-    labels: np.ndarray | None,
+    trainee: Trainee,
+    objectives: Sequence[Objective],
     settings: TrainConfig,
     *,
     seed: int,
     device: torch.device,
-    compute_dtype: torch.dtype,
+    processes: Processes | None = None,
+    keeping: Keeping | None = None,
     on_step: Callable[[StepRecord], None] = lambda record: None,
     after_step: Callable[[int], None] = lambda step: None,
 ) -> int:
     """Train the model in place.
 
     Args:
-        model: float32 parameters, already on ``device``.
-        blocks: the original blocks.
-        labels: integer array over the token stream, -100 where untrained; None for next-token prediction.
+        trainee: the model with its optimizer.
+        objectives: the first one's blocks decide the steps; the others' are drawn beside, as many a step.
         settings: see :class:`whp_fast.config.TrainConfig`.
         seed: of the order of blocks.
-        compute_dtype: dtype of matrix products and activations.
-        on_step: called with each step's record.
+        device: of the model.
+        processes: the group that trains together; each calls this with the same arguments.
+        keeping: snapshots; None: none.
+        on_step: called with each step's record, on every process.
         after_step: called with the step's number after each update, and with 0 before the first.
 
     Returns:
         the number of steps.
 
     Raises:
-        UserError: no position to train, or a loss or gradient that is not finite; the update is not made
-        then.
+        UserError: no position to train, processes that do not divide a step, or a loss or gradient that is
+            not finite; the update is not made then, on any process.
+        Stopped: a signal asked for it; a snapshot was saved.
     """
-    _refuse_nothing_to_train(blocks, labels, settings)
-    plan = plan_steps(len(blocks), settings, seed)
-    n_steps = len(plan)
-    optimizer = _optimizer(model, settings)
-    model.train()
-    after_step(0)
-    for step, numbers in enumerate(plan, start=1):
-        began = time.monotonic()
-        lr = settings.lr * schedule_factor(step, n_steps, settings)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        batches = list(_micro_batches(blocks, labels, numbers, settings.batch_blocks))
-        trained = sum(int((y != IGNORE_INDEX).sum()) for _, y in batches)
-        tokens = sum(len(blocks[int(number)]) for number in numbers)
-        if trained == 0:  # a step of fully masked blocks, or of a last block of one token: no update
-            on_step(StepRecord(step, 0.0, 0.0, lr, 0, tokens, time.monotonic() - began))
+    processes = processes or Processes()
+    main = objectives[0]
+    _refuse_what_cannot_be(main, settings, processes)
+    plan = plan_steps(len(main.blocks), settings, seed)
+    first = 1
+    trainee.model.train()
+    if trainee.sharded:
+        # gathered weights get their memory here: an evaluation would make it of inference tensors, which
+        # cannot be trained with
+        with torch.no_grad():
+            trainee.model.hidden_states(torch.zeros((1, 1), dtype=torch.int64, device=device))
+    if keeping is not None and keeping.resumed is not None:
+        trainee.restore(keeping.resumed)
+        first = keeping.resumed.step + 1
+        keeping.resumed.close()
+    else:
+        after_step(0)
+    saved, asked = time.monotonic(), StopRequest()
+    updates = sum(
+        _anything(objectives, numbers, step, seed) for step, numbers in enumerate(plan[: first - 1], 1)
+    )
+    trainee.set_step(updates)
+    with asked.awaited():
+        for step, numbers in enumerate(plan[first - 1 :], start=first):
+            began = time.monotonic()
+            lr = settings.lr * schedule_factor(step, len(plan), settings)
+            record = _step(
+                trainee,
+                [(o, n) for o, n in zip(objectives, _all_numbers(objectives, numbers, step, seed))],
+                settings,
+                step=step,
+                lr=lr,
+                device=device,
+                processes=processes,
+            )
+            record = dataclasses.replace(
+                record, seconds=time.monotonic() - began, memory_bytes=_peak_memory(device)
+            )
+            on_step(record)
             after_step(step)
+            if keeping is None:
+                if asked.asked:
+                    raise Stopped
+                continue
+            wishes = torch.tensor([keeping.due(step, saved), asked.asked], dtype=torch.int64)
+            due, stop = (bool(wish) for wish in processes.add(wishes))  # what one wants, all do
+            if (due or stop) and step < len(plan):
+                keeping.snapshots.save(step, trainee.rows(), keeping.state(), wait=stop)
+                saved = time.monotonic()
+            if stop and step < len(plan):
+                raise Stopped
+    if keeping is not None:
+        keeping.snapshots.wait()
+    return len(plan)
+
+
+def _step(trainee, work, settings, *, step, lr, device, processes) -> StepRecord:
+    """One optimizer step: every process's micro-batches, the global norm, the update."""
+    main_numbers = work[0][1]
+    tokens = sum(len(o.blocks[int(number)]) for o, numbers in work for number in numbers)
+    trained = [objective.targets.count(numbers) for objective, numbers in work]
+    if not any(trained):  # a step of fully masked blocks, or of a last block of one token: no update
+        return StepRecord(step, 0.0, 0.0, lr, 0, tokens, 0.0)
+    for group in trainee.optimizer.param_groups:
+        group["lr"] = lr
+    total, data_seconds = torch.zeros((), dtype=torch.float64), 0.0
+    for (objective, numbers), count in zip(work, trained):
+        if not count:
             continue
-        total = torch.zeros((), device=device)
-        for input_ids, targets in batches:
-            input_ids, targets = input_ids.to(device), targets.to(device)
-            with torch.autocast(device.type, dtype=compute_dtype, enabled=compute_dtype != torch.float32):
-                hidden = model.hidden_states(input_ids)
-            loss = linear_combination_loss(
-                hidden,
-                model.lm_head_weight,
-                targets,
-                num_items_in_batch=trained,
-                ignore_index=IGNORE_INDEX,
-                compute_dtype=compute_dtype,
-                chunk_mib=settings.loss_chunk_mib,
-            )
+        for mine in _micro_batches(numbers, settings.batch_blocks, processes):
+            began = time.monotonic()
+            input_ids = padded(objective.blocks, mine if len(mine) else main_numbers[:1])
+            input_ids = input_ids.to(device, non_blocking=True)
+            data_seconds += time.monotonic() - began
+            with trainee.forward():
+                hidden = trainee.model.hidden_states(input_ids)
+            head = trainee.model.lm_head_weight
+            if len(mine):
+                loss = objective.weight * objective.targets.loss(
+                    hidden,
+                    head,
+                    mine,
+                    num_items_in_batch=count,
+                    compute_dtype=trainee.compute_dtype,
+                    chunk_mib=settings.loss_chunk_mib,
+                )
+            else:
+                loss = 0.0 * (hidden.float().sum() + head[:1].float().sum())
             loss.backward()
-            total += loss.detach()
-        limit = settings.clip_grad_norm if settings.clip_grad_norm > 0 else math.inf
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
-        loss_value, norm_value = float(total), float(grad_norm)
-        if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
-            raise UserError(
-                f"{settings.name}: the loss ({loss_value}) or gradient norm ({norm_value}) of step {step} is "
-                "not finite; "
-                "the update was not made, lower the learning rate or check the model's weights."
-            )
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)  # evaluation and saving need not live beside gradients
-        on_step(StepRecord(step, loss_value, norm_value, lr, trained, tokens, time.monotonic() - began))
-        after_step(step)
-    return n_steps
+            total += loss.detach().double().cpu()
+    loss = float(processes.add(total))
+    norm = float(trainee.gradient_norm())
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        trainee.drop_gradients()
+        raise UserError(
+            f"{settings.name}: the loss ({loss}) or gradient norm ({norm}) of step {step} is not finite; the "
+            "update was not made, lower the learning rate or check the model's weights."
+        )
+    trainee.update(clip_scale(norm, settings.clip_grad_norm))
+    return StepRecord(step, loss, norm, lr, sum(trained), tokens, 0.0, data_seconds)
 
 
 def plan_steps(n_blocks: int, settings: TrainConfig, seed: int) -> list[np.ndarray]:
@@ -157,41 +241,50 @@ def schedule_factor(step: int, n_steps: int, settings: TrainConfig) -> float:
     return settings.final_lr_share + (1.0 - settings.final_lr_share) * falling
 
 
-def _refuse_nothing_to_train(blocks: Blocks, labels: np.ndarray | None, settings: TrainConfig) -> None:
-    if labels is None:
-        anything = blocks.n_tokens > 1
-    else:
-        pieces = range(0, len(labels), 1 << 20)
-        anything = any((labels[i : i + (1 << 20)] != IGNORE_INDEX).any() for i in pieces)
-    if not anything:
+def _all_numbers(objectives, numbers: np.ndarray, step: int, seed: int) -> list[np.ndarray]:
+    """The blocks of each objective in this step: of the others as many as of the first, round and round."""
+    chosen = [numbers]
+    for k, objective in enumerate(objectives[1:], start=1):
+        n_blocks, per_step = len(objective.blocks), len(numbers)
+        places = np.arange((step - 1) * per_step, step * per_step)
+        rounds = {
+            int(r): np.random.default_rng([seed, int(r), k]).permutation(n_blocks)
+            for r in np.unique(places // n_blocks)
+        }
+        chosen.append(np.array([rounds[int(place) // n_blocks][place % n_blocks] for place in places]))
+    return chosen
+
+
+def _anything(objectives, numbers: np.ndarray, step: int, seed: int) -> bool:
+    """Whether a step makes an update."""
+    every = _all_numbers(objectives, numbers, step, seed)
+    return any(o.targets.count(n) > 0 for o, n in zip(objectives, every))
+
+
+def _micro_batches(numbers: np.ndarray, size: int, processes: Processes) -> list[np.ndarray]:
+    """This process's blocks of a step, ``size`` at a time; as many times on every process."""
+    times = math.ceil(math.ceil(len(numbers) / processes.world_size) / size)
+    mine = numbers[processes.rank :: processes.world_size]
+    return [mine[k * size : (k + 1) * size] for k in range(times)]
+
+
+def _refuse_what_cannot_be(main: Objective, settings: TrainConfig, processes: Processes) -> None:
+    per_step = settings.batch_blocks * settings.accumulate
+    if per_step % processes.world_size:
+        raise UserError(
+            f"{settings.name}.accumulate: the {per_step} blocks of a step do not divide among "
+            f"{processes.world_size} processes; set batch_blocks and accumulate so that they do."
+        )
+    if all(main.targets.count(np.arange(i, i + 1)) == 0 for i in range(len(main.blocks))):
         raise UserError(
             f"{settings.name}: no position of the corpus has a label, so there is nothing to train; use a "
-            "longer "
-            "corpus, or see statistics.json of the label stage for what masks it."
+            "longer corpus, or see statistics.json of the label stage for what masks it."
         )
 
 
-def _optimizer(model: Llama, settings: TrainConfig) -> torch.optim.AdamW:
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]  # norms and biases: decay would only shift them
-    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-    betas, decay = tuple(settings.betas), settings.weight_decay
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=betas, weight_decay=decay, fused=True)
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
 
-
-def _micro_batches(blocks, labels, numbers, size) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Pairs (input_ids, targets) int64 [b, T]; short blocks are padded on the right, where no label is."""
-    for first in range(0, len(numbers), size):
-        rows = numbers[first : first + size]
-        longest = max(len(blocks[int(b)]) for b in rows)
-        input_ids = np.zeros((len(rows), longest), dtype=np.int64)
-        targets = np.full((len(rows), longest), IGNORE_INDEX, dtype=np.int64)
-        for k, number in enumerate(rows):
-            block = blocks[int(number)]
-            input_ids[k, : len(block)] = block
-            if labels is None:
-                targets[k, : len(block) - 1] = block[1:]
-            else:
-                start = int(number) * blocks.context
-                targets[k, : len(block)] = labels[start : start + len(block)]
-        yield torch.from_numpy(input_ids), torch.from_numpy(targets)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -34,7 +34,7 @@ def exit_status(work: Callable[[], None], *, debug: bool = False) -> int:
             raise
         print(
             f"error: run.device: out of memory ({str(error).splitlines()[0]}); set "
-            "model.activation_checkpointing, or smaller batch_blocks (with more accumulate) and chunk_mib.",
+            "memory.checkpointing, or smaller batch_blocks (with more accumulate) and chunk_mib.",
             file=sys.stderr,
         )
         return 2

@@ -12,22 +12,29 @@ import numpy as np
 import torch
 from rich.markup import escape
 
-from whp_fast.alignment import load_alignment, save_alignment
+from whp_fast.alignment import save_alignment
 from whp_fast.anchors import nearest_words
-from whp_fast.artifacts import NpyWriter, RunFolder, Stage, files_digest, flatten, write_json
-from whp_fast.checkpoint import load_model, save_model
-from whp_fast.config import JobConfig, TrainConfig
+from whp_fast.artifacts import RunFolder, Stage, files_digest, flatten, stage_fingerprint, write_json
+from whp_fast.checkpoint import load_model
+from whp_fast.choices import tell_choices
+from whp_fast.config import RESULT_OF_MEMORY, JobConfig, TrainConfig
 from whp_fast.corpus import Blocks, TokenWriter, tokenise_corpus
-from whp_fast.engine import StepRecord, plan_steps, train
+from whp_fast.engine import plan_steps
 from whp_fast.errors import UserError
 from whp_fast.evaluate import EvaluationResult, evaluate, next_token_table
 from whp_fast.export import export_model, model_card
 from whp_fast.inputs import Inputs, model_files
 from whp_fast.judge import LexicalJudge
-from whp_fast.label import Labeller, make_aligner
-from whp_fast.label_statistics import LabelStatistics, label_page
+from whp_fast.label import make_aligner
+from whp_fast.label_stage import RETAIN, TARGETS, LabelStage, labels_file
+from whp_fast.label_statistics import label_page
+from whp_fast.objectives import LabelTargets, Objective
+from whp_fast.processes import Processes
 from whp_fast.progress import say, track
 from whp_fast.report import ReportData, join_next_tokens, write_report
+from whp_fast.soft_targets import RetainTargets, SoftTargets
+from whp_fast.teacher_cache import HiddenCache
+from whp_fast.training_stage import TrainingStage
 
 
 class Job:
@@ -36,19 +43,28 @@ class Job:
     Everything that can be wrong with the inputs is looked at in the constructor, before any long work.
     """
 
-    def __init__(self, config: JobConfig, *, overwrite: bool = False):
+    def __init__(self, config: JobConfig, *, overwrite: bool = False, processes: Processes | None = None):
         self.config = config
-        self.device = _device(config.run.device)
-        if config.run.threads:
-            torch.set_num_threads(config.run.threads)
+        self.processes = processes or Processes()
+        self.device = _device(config.run.device, self.processes)
+        _set_threads(config.run.threads, self.processes)
         if self.device.type == "cuda":
             # the same seed gives the same bits; cuBLAS reads the variable when it starts
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True, warn_only=True)
         self.inputs = Inputs(config)
         self.stages: dict[str, Stage] = {}
-        self.run = RunFolder(Path(config.run.dir), config.settings(), overwrite=overwrite)
+        self.path = Path(config.run.dir)
+        # the folder is the first process's; the others write nothing but parts of what it makes whole
+        first = self.processes.first
+        self._run = RunFolder(self.path, config.settings(), overwrite=overwrite) if first else None
+        self.processes.wait()
         self._announce()
+
+    def close(self) -> None:
+        """Leave the run folder to others."""
+        if self._run is not None:
+            self._run.close()
 
     # Stages --------------------------------------------------------------------------------------------
 
@@ -128,19 +144,19 @@ class Job:
     def reinforce(self) -> Stage:
         """The base trained further on the corpus: ``model/``, ``log.jsonl``."""
 
-        def work(folder: Path) -> dict:
-            model = load_model(self.inputs.base, dtype=torch.float32, device=self.device)
-            log = self._train(model, folder, self.config.reinforce, labels=None)
-            save_model(model, _made(folder / "model"))
-            return log
-
+        settings = self.config.reinforce
         depends = {"model": self.inputs.model_digest, "prepare": self.stages["prepare"].fingerprint}
-        depends |= {
-            "settings": dataclasses.asdict(self.config.reinforce),
-            "dtype": self.config.model.compute_dtype,
-        }
-        depends["seed"] = self.config.run.seed
-        stage = self._stage("reinforce", depends, work)
+        depends |= self._training_depends(settings)
+        training = self._training(settings, depends)
+
+        def work(folder: Path) -> dict:
+            blocks = self._blocks()
+            objectives = [Objective(blocks, LabelTargets(blocks, None))]
+            summary, _ = training.work(folder, lambda trainee: objectives)
+            return summary
+
+        stage = self._stage("reinforce", depends, work, together=True)
+        training.snapshots().remove()
         s = stage.summary
         self._told(stage, f"{s['steps']} steps, loss {s['first_loss']:.3f} to {s['last_loss']:.3f}")
         return stage
@@ -148,29 +164,22 @@ class Job:
     def label(self) -> Stage:
         """Both models to generic labels: ``labels_alpha_*.npy`` (int32, one label a token), ``reason.npy``,
         ``base_choice.npy``, ``statistics.json``."""
-        settings = self.config.label
-        alphas = list(dict.fromkeys([settings.alpha, *settings.more_alphas]))
+        settings, unlearn = self.config.label, self.config.unlearn
+        stage_work = LabelStage(
+            self.config, self.inputs, self.path, device=self.device, processes=self.processes
+        )
 
         def work(folder: Path) -> dict:
-            dtype = getattr(torch, settings.dtype)
-            base = load_model(self.inputs.base, dtype=dtype, device=self.device)
-            reinforced = load_model(
-                self.stages["reinforce"].folder / "model", dtype=dtype, device=self.device
-            )
-            labeller = Labeller(
-                base,
-                reinforced,
-                self._aligner(),
-                alphas,
-                batch_size=settings.batch_blocks,
-                chunk_mib=settings.chunk_mib,
-                device=self.device,
-            )
-            return self._write_labels(folder, labeller, alphas)
+            reinforced = self.stages["reinforce"].folder
+            return stage_work.work(folder, reinforced, self.stages["align"].folder, self._blocks())
 
         depends = {"settings": dataclasses.asdict(settings), "align": self.stages["align"].fingerprint}
         depends["reinforce"] = self.stages["reinforce"].fingerprint
-        stage = self._stage("label", depends, work)
+        if unlearn.target != "hard":
+            depends["cache"] = unlearn.cache_dtype
+        if unlearn.retain:
+            depends["retain"] = [files_digest(self.inputs.retain), unlearn.cache_dtype]
+        stage = self._stage("label", depends, work, together=True)
         s = stage.summary
         trained = 100 * s["trained"] / max(1, s["positions"])
         changed = 100 * s["changed_from_text"] / max(1, s["trained"])
@@ -180,32 +189,27 @@ class Job:
     def unlearn(self) -> Stage:
         """The base trained on the labels: ``model/``, ``log.jsonl``, ``curve.json``."""
         settings = self.config.unlearn
-
-        def work(folder: Path) -> dict:
-            model = load_model(self.inputs.base, dtype=torch.float32, device=self.device)
-            labels = np.load(
-                self.stages["label"].folder / _labels_file(self.config.label.alpha), mmap_mode="r"
-            )
-            curve: list[dict] = []
-            n_steps = len(plan_steps(len(self._blocks()), settings, self.config.run.seed))
-
-            def point(step: int) -> None:
-                due = settings.evaluate_every and (step % settings.evaluate_every == 0 or step == n_steps)
-                if due and self.inputs.evaluation is not None:
-                    result = self._evaluate(model, self.config.evaluate.curve_prompts or None)
-                    curve.append({"step": step, **result.figures})
-
-            log = self._train(model, folder, settings, labels=labels, after_step=point)
-            write_json(folder / "curve.json", curve)
-            save_model(model, _made(folder / "model"))
-            return log
-
         depends = {"model": self.inputs.model_digest, "label": self.stages["label"].fingerprint}
-        depends |= {"settings": dataclasses.asdict(settings), "dtype": self.config.model.compute_dtype}
-        depends |= {"seed": self.config.run.seed, "alpha": self.config.label.alpha}
+        depends |= self._training_depends(settings) | {"alpha": self.config.label.alpha}
         if settings.evaluate_every:
             depends["evaluate"] = self.inputs.evaluation_digest()
-        stage = self._stage("unlearn", depends, work)
+        training = self._training(settings, depends)
+        n_steps = len(plan_steps(len(self._blocks()), settings, self.config.run.seed))
+
+        def point(trainee, step: int) -> dict | None:
+            due = settings.evaluate_every and (step % settings.evaluate_every == 0 or step == n_steps)
+            if not due or self.inputs.evaluation is None or not (self.processes.first or trainee.sharded):
+                return None
+            return self._evaluate(trainee.model, self.config.evaluate.curve_prompts or None).figures
+
+        def work(folder: Path) -> dict:
+            summary, curve = training.work(folder, self._objectives, point)
+            if self.processes.first:
+                write_json(folder / "curve.json", curve)
+            return summary
+
+        stage = self._stage("unlearn", depends, work, together=True)
+        training.snapshots().remove()
         s = stage.summary
         self._told(stage, f"{s['steps']} steps, loss {s['first_loss']:.3f} to {s['last_loss']:.3f}")
         return stage
@@ -303,66 +307,52 @@ class Job:
 
     # Parts of stages -----------------------------------------------------------------------------------
 
-    def _train(
-        self, model, folder: Path, settings: TrainConfig, *, labels, after_step=lambda step: None
-    ) -> dict:
-        """Train, keep the log, and return its summary."""
-        blocks = self._blocks()
-        model.activation_checkpointing = self.config.model.activation_checkpointing
-        n_steps = len(plan_steps(len(blocks), settings, self.config.run.seed))
-        losses: list[float] = []
-        with open(folder / "log.jsonl", "w") as log, track(settings.name, n_steps) as advance:
-
-            def on_step(record: StepRecord) -> None:
-                losses.append(record.loss)
-                log.write(json.dumps(dataclasses.asdict(record)) + "\n")
-                rate = record.tokens / max(record.seconds, 1e-9)
-                advance(1, f"step {record.step}/{n_steps}  loss {record.loss:.3f}  {rate:,.0f} tokens/s")
-
-            train(
-                model,
-                blocks,
-                labels,
-                settings,
-                seed=self.config.run.seed,
-                device=self.device,
-                compute_dtype=getattr(torch, self.config.model.compute_dtype),
-                on_step=on_step,
-                after_step=after_step,
-            )
-        return {"steps": n_steps, "first_loss": losses[0], "last_loss": losses[-1]}
-
-    def _write_labels(self, folder: Path, labeller: Labeller, alphas: Sequence[float]) -> dict:
-        blocks = self._blocks()
-        alignment = load_alignment(self.stages["align"].folder)
-        statistics = LabelStatistics()
-        per_part = max(labeller.batch_size, 64)
-        writers = [NpyWriter(folder / _labels_file(alpha), np.int32) for alpha in alphas]
-        reasons, choices = (
-            NpyWriter(folder / "reason.npy", np.uint8),
-            NpyWriter(folder / "base_choice.npy", np.int32),
+    def _training(self, settings: TrainConfig, depends: dict) -> TrainingStage:
+        return TrainingStage(
+            self.config,
+            settings,
+            self.inputs.base,
+            self.path,
+            stage_fingerprint(settings.name, depends),
+            self.device,
+            self.processes,
         )
-        with track("label", blocks.n_tokens) as advance:
-            for first in range(0, len(blocks), per_part):
-                last = min(first + per_part, len(blocks))
-                part = alignment.blocks(first, last)
-                labels, own, reason = labeller.label([blocks[i] for i in range(first, last)], part, advance)
-                for writer, row in zip(writers, labels):
-                    writer.append(row)
-                reasons.append(reason)
-                choices.append(own)
-                start, end = blocks.offsets(first, last)[[0, -1]]
-                following = np.full(end - start, -1, dtype=np.int64)
-                after = blocks.tokens[start + 1 : end + 1]
-                following[: len(after)] = after
-                statistics.add(following, labels[0], own, reason)
-        for writer in (*writers, reasons, choices):
-            writer.close()
-        summary = statistics.summary(self.inputs.tokenizer)
-        write_json(folder / "statistics.json", summary)
+
+    def _training_depends(self, settings: TrainConfig) -> dict:
+        memory = dataclasses.asdict(self.config.memory)
         return {
-            key: summary[key] for key in ("positions", "trained", "changed_from_text", "changed_from_base")
+            "settings": dataclasses.asdict(settings),
+            "dtype": self.config.model.compute_dtype,
+            "seed": self.config.run.seed,
+            "memory": {key: memory[key] for key in RESULT_OF_MEMORY},
         }
+
+    def _objectives(self, trainee) -> list[Objective]:
+        """What the base is trained on: labels or the teachers' distributions, and text to keep."""
+        settings, label = self.config.unlearn, self.stages["label"].folder
+        blocks = self._blocks()
+        labels = np.load(label / labels_file(self.config.label.alpha), mmap_mode="r")
+        stage = LabelStage(self.config, self.inputs, self.path, device=self.device, processes=self.processes)
+        heads = None
+        if settings.target != "hard" or settings.retain:
+            heads = stage.heads(self.stages["reinforce"].folder)
+        if settings.target == "hard":
+            objectives = [Objective(blocks, LabelTargets(blocks, labels))]
+        else:
+            targets = SoftTargets(
+                label / TARGETS,
+                *heads,
+                labels=labels,
+                context=self.config.data.context,
+                alpha=self.config.label.alpha,
+                direction=settings.target,
+            )
+            objectives = [Objective(blocks, targets)]
+        if settings.retain:
+            kept = Blocks.of(np.load(label / RETAIN / "tokens.npy", mmap_mode="r"), self.config.data.context)
+            cache = HiddenCache(label / RETAIN, "base")
+            objectives.append(Objective(kept, RetainTargets(cache, heads[0], kept), settings.retain_weight))
+        return objectives
 
     def _report_data(self, seconds: dict[str, float]) -> ReportData:
         def read(stage: str, name: str):
@@ -373,7 +363,7 @@ class Job:
         results = {name: EvaluationResult.from_json(r) for name, r in results.items() if r is not None}
 
         blocks = self._blocks()
-        labels = np.load(self.stages["label"].folder / _labels_file(self.config.label.alpha), mmap_mode="r")
+        labels = np.load(self.stages["label"].folder / labels_file(self.config.label.alpha), mmap_mode="r")
         reason = np.load(self.stages["label"].folder / "reason.npy", mmap_mode="r")
         shown = _telling_block(
             blocks, np.load(self.stages["align"].folder / "used_offsets.npy", mmap_mode="r")
@@ -399,10 +389,28 @@ class Job:
 
     # Small things --------------------------------------------------------------------------------------
 
-    def _stage(self, name: str, depends: dict, work) -> Stage:
-        stage = self.run.stage(name, depends, work)
-        self.stages[name] = stage
-        return stage
+    def _stage(self, name: str, depends: dict, work, *, together: bool = False) -> Stage:
+        """Run a stage, or find it complete. Its folder is the first process's, which alone does the work, or
+        with ``together`` as one of all; the others wait for it."""
+        tell = self.processes.from_first
+
+        def begin(folder: Path) -> dict:
+            if together:
+                tell(folder)
+            return work(folder)
+
+        if self._run is not None:
+            done = tell(self._run.finished(name, stage_fingerprint(name, depends)))
+            if done is None:
+                done = tell(self._run.stage(name, depends, begin))
+        else:
+            done = tell()
+            if done is None:
+                if together:
+                    work(tell())
+                done = tell()
+        self.stages[name] = done
+        return done
 
     def _blocks(self) -> Blocks:
         tokens = np.load(self.stages["prepare"].folder / "tokens.npy", mmap_mode="r")
@@ -435,8 +443,9 @@ class Job:
             if self.device.type == "cuda"
             else f"CPU, {torch.get_num_threads()} threads"
         )
-        model, folder = escape(str(self.inputs.base)), escape(str(self.run.path))
+        model, folder = escape(str(self.inputs.base)), escape(str(self.path))
         say(f"[bold]whp_fast[/bold]  {model}  on {kind}; run folder {folder}")
+        tell_choices(self.config, self.device, self.processes)
         dropped = self.inputs.dictionary.dropped
         if dropped:
             say(f"  anchors     {len(dropped)} expressions left out by the cleaning rules")
@@ -466,9 +475,11 @@ class Job:
         return {k: v for k, v in kept.items() if not k.endswith(("_mib", "evaluate_every"))}
 
 
-def _device(name: str) -> torch.device:
+def _device(name: str, processes: Processes) -> torch.device:
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and processes.several:
+        name = f"cuda:{processes.local_rank}"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -479,17 +490,17 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _labels_file(alpha: float) -> str:
-    return f"labels_alpha_{str(float(alpha)).removesuffix('.0')}.npy"
+def _set_threads(threads: int, processes: Processes) -> None:
+    """As many as are set; else the machine's cores, divided among its processes (torchrun gives each one)."""
+    if not threads and processes.several:
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", processes.world_size))
+        threads = max(1, len(os.sched_getaffinity(0)) // here)
+    if threads:
+        torch.set_num_threads(threads)
 
 
 def _names(paths: Sequence[str]) -> str:
     return ", ".join(Path(p).name for p in paths[:3]) + (" and others" if len(paths) > 3 else "")
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir()
-    return folder
 
 
 def _telling_block(blocks: Blocks, used_offsets: np.ndarray) -> int:

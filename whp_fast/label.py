@@ -4,12 +4,15 @@
     label   = argmax(v - alpha * relu(v_reinforced(original) - v))
 
 Both models run once over each block; only hidden states at mapped positions meet the LM heads, a chunk at a
-time.
+time. They can be two models, or one with two adapters. Any range of blocks can be labelled by itself, and
+what the heads read can be kept for soft targets (:mod:`whp_fast.teacher_cache`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +22,18 @@ from whp_kernels.losses import IGNORE_INDEX, RowEdits, generic_labels
 
 from whp_fast.alignment import Aligner, Alignment
 from whp_fast.anchors import Dictionary, load_dictionary
+from whp_fast.artifacts import NpyWriter
+from whp_fast.corpus import Blocks
 from whp_fast.model import Llama
 from whp_fast.reasons import NOT_FINITE
 from whp_fast.reference_rules import ReferenceAligner
+from whp_fast.teacher_cache import TargetWriter
 from whp_fast.tokens import Tokenizer, load_tokenizer
 
 Model = Llama | Callable[[Tensor], Tensor] | str | Path
+Switch = Callable[[], AbstractContextManager]
+_BLOCKS_AT_ONCE = 64
+_COPIED_ITEMS = 1 << 22
 
 
 def label_blocks(
@@ -114,9 +123,13 @@ class Labeller:
     """Labels aligned blocks with two models.
 
     Args:
-        base, reinforced: see :func:`label_blocks`.
+        base, reinforced: see :func:`label_blocks`. They may be one and the same model with two adapters.
         aligner: whose dictionary the alignments come from.
         alphas: one label set for each.
+        as_base, as_reinforced: called for every forward pass of that teacher, which runs inside the context
+            manager that they return (one that switches the adapter).
+        every_batch: run both models over batches with no position to label too. Processes that share sharded
+            models must make the same number of passes (:meth:`idle` makes up for batches that one lacks).
     """
 
     def __init__(
@@ -129,6 +142,9 @@ class Labeller:
         batch_size: int = 8,
         chunk_mib: int = 256,
         device: str | torch.device | None = None,
+        as_base: Switch = nullcontext,
+        as_reinforced: Switch = nullcontext,
+        every_batch: bool = False,
     ):
         device = torch.device(device or "cpu")
         self.base, self.reinforced = _loaded(base, device), _loaded(reinforced, device)
@@ -136,8 +152,11 @@ class Labeller:
         self.batch_size = batch_size
         self.chunk_mib = chunk_mib
         self.device = device
+        self.as_base, self.as_reinforced = as_base, as_reinforced
+        self.every_batch = every_batch
         self._first_tokens = aligner.first_tokens()
         self._both_llamas = isinstance(self.base, Llama) and isinstance(self.reinforced, Llama)
+        self._whole_heads: dict[int, Tensor] = {}
 
     @torch.inference_mode()
     def label(
@@ -145,17 +164,25 @@ class Labeller:
         blocks: Sequence[np.ndarray],
         alignment: Alignment,
         progress: Callable[[int], None] = lambda n: None,
+        keep: TargetWriter | None = None,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Labels of the blocks of one alignment.
 
         Args:
             blocks: the original blocks that ``alignment`` was made from, in order.
             progress: called with the number of original tokens of each batch that is done.
+            keep: gets both teachers' hidden states and the edits of every position that has a label in its
+                ``label_set``, in the order of positions.
 
         Returns:
             labels int64 [n_alphas, tokens]; the base's own choice on the translation, int64 [tokens]; and the
             reasons, uint8 [tokens] (the alignment's, with positions that had no finite logit added).
+
+        Raises:
+            ValueError: ``keep`` with models that show no hidden states.
         """
+        if keep is not None and not self._both_llamas:
+            raise ValueError("keep needs hidden states: base and reinforced must be Llama models")
         n_tokens = len(alignment.index_map)
         labels = np.full((len(self.alphas), n_tokens), IGNORE_INDEX, dtype=np.int64)
         own = np.full(n_tokens, IGNORE_INDEX, dtype=np.int64)
@@ -166,14 +193,23 @@ class Labeller:
             positions = span.start + np.flatnonzero(alignment.index_map[span] >= 0)
             if len(positions):
                 labels[:, positions], own[positions] = self._label_batch(
-                    blocks, alignment, numbers, positions
+                    blocks, alignment, numbers, positions, keep
                 )
                 broken = positions[labels[0, positions] == IGNORE_INDEX]
                 reason[broken] = NOT_FINITE
+            elif self.every_batch:
+                self.idle(1)
             progress(span.stop - span.start)
         return labels, own, reason
 
-    def _label_batch(self, blocks, alignment, numbers, positions):
+    @torch.inference_mode()
+    def idle(self, n_batches: int) -> None:
+        """Passes of both models over one token, as many as there are batches; nothing comes of them."""
+        for _ in range(n_batches):
+            for model, switch in ((self.base, self.as_base), (self.reinforced, self.as_reinforced)):
+                self._rows(model, switch, np.zeros((1, 1), dtype=np.int64), np.zeros(0, dtype=np.int64))
+
+    def _label_batch(self, blocks, alignment, numbers, positions, keep):
         offsets = alignment.block_offsets
         block_of = np.searchsorted(offsets, positions, side="right") - 1
         local = block_of - numbers[0]
@@ -184,8 +220,10 @@ class Labeller:
         base_rows = local * translated.shape[1] + alignment.index_map[positions]
         reinforced_rows = local * original.shape[1] + (positions - offsets[block_of])
         row_offsets, tokens = _used_before(alignment, numbers, positions, block_of, self._first_tokens)
-        base, base_head = self._rows(self.base, translated, base_rows)
-        reinforced, reinforced_head = self._rows(self.reinforced, original, reinforced_rows)
+        base, base_head = self._rows(self.base, self.as_base, translated, base_rows)
+        reinforced, reinforced_head = self._rows(
+            self.reinforced, self.as_reinforced, original, reinforced_rows
+        )
         reinforced = reinforced.to(base.device)
         reinforced_head = None if reinforced_head is None else reinforced_head.to(base.device)
         edits = RowEdits(torch.from_numpy(row_offsets), torch.from_numpy(tokens), "mean")
@@ -200,19 +238,115 @@ class Labeller:
             base_choice=True,
             chunk_mib=self.chunk_mib,
         )
-        return labels.cpu().numpy(), own.cpu().numpy()
+        labels, own = labels.cpu().numpy(), own.cpu().numpy()
+        if keep is not None:
+            kept = np.flatnonzero(labels[keep.label_set] != IGNORE_INDEX)
+            if len(kept) < len(positions):
+                index = torch.from_numpy(kept).to(base.device)
+                base, reinforced = base[index], reinforced[index]
+                row_offsets, tokens = _rows_of(row_offsets, tokens, kept)
+            keep.append(base, reinforced, row_offsets, tokens)
+        return labels, own
 
-    def _rows(self, model, input_ids: np.ndarray, rows: np.ndarray) -> tuple[Tensor, Tensor | None]:
+    def _rows(
+        self, model, switch: Switch, input_ids: np.ndarray, rows: np.ndarray
+    ) -> tuple[Tensor, Tensor | None]:
         """Hidden states and head, or (of a model that is not ours) logits, at flat positions of a batch."""
         parameter = next(model.parameters(), None) if isinstance(model, torch.nn.Module) else None
         ids = torch.from_numpy(input_ids).to(self.device if parameter is None else parameter.device)
         index = torch.from_numpy(rows.astype(np.int64))
-        if self._both_llamas:
-            hidden = model.hidden_states(ids)
-            return hidden.flatten(0, 1)[index.to(hidden.device)], model.lm_head_weight
-        output = model(ids)
+        with switch():
+            if self._both_llamas:
+                hidden = model.hidden_states(ids)
+                return hidden.flatten(0, 1)[index.to(hidden.device)], self._head(model)
+            output = model(ids)
         logits = getattr(output, "logits", output)
         return logits.flatten(0, 1)[index.to(logits.device)], None
+
+    def _head(self, model: Llama) -> Tensor:
+        """The LM head; a sharded one is gathered once and kept, since teachers do not change."""
+        weight = model.lm_head_weight
+        if not hasattr(weight, "full_tensor"):
+            return weight
+        if id(model) not in self._whole_heads:
+            self._whole_heads[id(model)] = weight.full_tensor()
+        return self._whole_heads[id(model)]
+
+
+@dataclass(frozen=True)
+class LabelledPart:
+    """Labels of some consecutive blocks.
+
+    Attributes:
+        first, last: the blocks ``first`` to ``last - 1``.
+        start, stop: their positions in the token stream.
+        labels, own, reason: see :meth:`Labeller.label`.
+    """
+
+    first: int
+    last: int
+    start: int
+    stop: int
+    labels: np.ndarray
+    own: np.ndarray
+    reason: np.ndarray
+
+
+def split_blocks(n_blocks: int, n_parts: int, batch_size: int) -> list[range]:
+    """Consecutive ranges of blocks, one a process, cut between batches: so every batch holds the same blocks
+    however many parts there are, and the labels are the same to the last bit.
+
+    A part may be empty; the sizes differ by one batch at most.
+    """
+    n_batches = -(-n_blocks // batch_size)
+    cuts = [min(n_batches * k // n_parts * batch_size, n_blocks) for k in range(n_parts + 1)]
+    return [range(*pair) for pair in zip(cuts, cuts[1:])]
+
+
+def label_range(
+    labeller: Labeller,
+    blocks: Blocks,
+    alignment: Alignment,
+    first: int = 0,
+    last: int | None = None,
+    *,
+    progress: Callable[[int], None] = lambda n: None,
+    keep: TargetWriter | None = None,
+) -> Iterator[LabelledPart]:
+    """Label blocks ``first`` to ``last - 1`` of a corpus, some at a time.
+
+    Batches are counted from the corpus's first block, so a block meets the same neighbours, and with them the
+    same padding, in whatever range it is labelled; only a range that is cut inside a batch
+    (:func:`split_blocks` makes none) may differ, by the rounding of other shapes of matrix products.
+
+    Args:
+        blocks, alignment: of the whole corpus.
+        progress, keep: see :meth:`Labeller.label`.
+    """
+    last = len(blocks) if last is None else last
+    size = labeller.batch_size
+    at_once = -(-_BLOCKS_AT_ONCE // size) * size
+    while first < last:
+        to_batch_edge = size - first % size if first % size else at_once
+        end = min(first + to_batch_edge, last)
+        part = alignment.blocks(first, end)
+        found = labeller.label([blocks[i] for i in range(first, end)], part, progress, keep)
+        start, stop = blocks.offsets(first, end)[[0, -1]].tolist()
+        yield LabelledPart(first, end, start, stop, *found)
+        first = end
+
+
+def join_npy(folder: Path, name: str, parts: Sequence[str]) -> None:
+    """Write ``folder/name``: the one-dimensional ``.npy`` files ``folder/part/name`` after each other, which
+    are removed. Memory does not grow with their length."""
+    pieces = [np.load(folder / part / name, mmap_mode="r") for part in parts]
+    with NpyWriter(folder / name, pieces[0].dtype) as writer:
+        for piece in pieces:
+            for at in range(0, len(piece), _COPIED_ITEMS):
+                writer.append(piece[at : at + _COPIED_ITEMS])
+    del pieces
+    for part in parts:
+        (folder / part / name).unlink()
 
 
 def _loaded(model: Model, device):
@@ -248,3 +382,10 @@ def _used_before(alignment, numbers, positions, block_of, first_tokens) -> tuple
         lists += [tokens[: 2 * k] for k in used]
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     return offsets, np.concatenate(lists) if lists else np.zeros(0, dtype=np.int64)
+
+
+def _rows_of(offsets: np.ndarray, tokens: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Some rows of a CSR list."""
+    lists = [tokens[offsets[row] : offsets[row + 1]] for row in rows]
+    ends = np.cumsum([0, *map(len, lists)]).astype(np.int64)
+    return ends, np.concatenate(lists) if lists else tokens[:0]

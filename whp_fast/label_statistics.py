@@ -5,6 +5,7 @@ replacements.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 
 import numpy as np
 from whp_kernels.losses import IGNORE_INDEX
@@ -44,6 +45,19 @@ class LabelStatistics:
         self.pairs.update({(int(a), int(b)): int(n) for (a, b), n in zip(pairs.T, counts)})
         if len(self.pairs) > _KEPT_PAIRS:
             self.pairs = Counter(dict(self.pairs.most_common(_KEPT_PAIRS // 2)))
+
+    @classmethod
+    def sum(cls, parts: Iterable[LabelStatistics]) -> LabelStatistics:
+        """Of several parts together."""
+        total = cls()
+        for part in parts:
+            total.positions += part.positions
+            total.trained += part.trained
+            total.changed_from_text += part.changed_from_text
+            total.changed_from_base += part.changed_from_base
+            total.reasons += part.reasons
+            total.pairs.update(part.pairs)
+        return total
 
     def summary(self, tokenizer: Tokenizer, n_replacements: int = 20) -> dict:
         """The figures as JSON types; the keys are those of ``ReportData.label_stats``."""

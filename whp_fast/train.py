@@ -20,11 +20,17 @@ from rich.markup import escape
 from whp_fast.config import JobConfig, parse_config
 from whp_fast.errors import UserError, exit_status
 from whp_fast.job import Job
-from whp_fast.progress import say
+from whp_fast.processes import Processes, ProcessLost, join_processes
+from whp_fast.progress import console, say
+from whp_fast.stopping import interrupt_on_sigterm
 
 
 def run_job(
-    config: JobConfig, *, overwrite: bool = False, earlier_seconds: dict[str, float] | None = None
+    config: JobConfig,
+    *,
+    overwrite: bool = False,
+    earlier_seconds: dict[str, float] | None = None,
+    processes: Processes | None = None,
 ) -> Path:
     """Run every stage that is not complete yet; return the folder of the unlearned model.
 
@@ -32,11 +38,12 @@ def run_job(
         config: the job.
         overwrite: start anew in a run folder that is there.
         earlier_seconds: seconds of work done before the job (making the demo's world), for the report.
+        processes: the group that runs the job together; each calls this with the same arguments.
 
     Raises:
         UserError: something the caller can mend; finished stages are kept.
     """
-    job = Job(config, overwrite=overwrite)
+    job = Job(config, overwrite=overwrite, processes=processes)
     try:
         job.prepare()
         job.align()
@@ -47,7 +54,7 @@ def run_job(
         job.export()
         job.report(earlier_seconds or {})
     finally:
-        job.run.close()
+        job.close()
     return job.stages["export"].folder
 
 
@@ -56,21 +63,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     rest = [word for word in arguments if word not in ("--overwrite", "--debug")]
 
+    rank = os.environ.get("RANK", "0")
+
     def work() -> None:
         began = time.monotonic()
-        _refuse_many_processes()
-        folder = run_job(parse_config(rest), overwrite="--overwrite" in arguments)
+        try:
+            config = parse_config(rest)
+        except UserError:
+            if rank != "0":  # said by the first process
+                raise SystemExit(2) from None
+            raise
+        with join_processes(config.run.device) as processes:
+            console.quiet = not processes.first
+            folder = run_job(config, overwrite="--overwrite" in arguments, processes=processes)
         say(f"[bold]done[/bold] in {time.monotonic() - began:.0f} s: {escape(str(folder))}")
 
-    return exit_status(work, debug="--debug" in arguments)
+    def work_of_many() -> None:
+        try:
+            work()
+        except ProcessLost as lost:
+            if int(rank) == lost.told_by and "could not go on" not in str(lost):
+                print(f"error: {lost}", file=sys.stderr)
+            raise SystemExit(1) from lost
 
-
-def _refuse_many_processes() -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(
-            f"WORLD_SIZE: {os.environ['WORLD_SIZE']} processes were started, but a job runs on one; use "
-            "torchrun --nproc-per-node 1."
-        )
+    interrupt_on_sigterm()
+    return exit_status(work_of_many, debug="--debug" in arguments)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,194 @@
+// One block of a step of AdamW: read, step, write. optim/update.py is the definition, optim/moments.py that of
+// the narrow formats; what is written is the same to the last bit.
+//
+// The loops are plain, over arrays of a block, and left to the compiler's vectoriser: every operation is
+// rounded on its own (-ffp-contract=off), so the instruction set does not change a bit. Square roots are taken
+// by vectors, because a compiler calls a function for each where errno may be set.
+#pragma once
+#include "adamw.h"
+
+namespace whp::WHP_ISA {
+namespace {
+
+using adamw::block_size;
+using adamw::Moments;
+using adamw::Problem;
+
+inline uint32_t bits_of(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  return bits;
+}
+inline float from_bits(uint32_t bits) {
+  float x;
+  __builtin_memcpy(&x, &bits, 4);
+  return x;
+}
+
+inline uint32_t mixed(uint32_t x) {  // lowbias32, see moments.py
+  x ^= x >> 16;
+  x *= 0x7feb352du;
+  x ^= x >> 15;
+  x *= 0x846ca68bu;
+  return x ^ (x >> 16);
+}
+
+// Codes of magnitudes with 3 bits of exponent: moments.Map
+template <int mantissa>
+struct Map {
+  static constexpr int dropped = 23 - mantissa;
+  static constexpr uint32_t linear = 1u << mantissa, largest = 8 * linear - 1;
+  static constexpr float top = float((2 * linear - 1) << 6);
+  static constexpr uint32_t bias = (uint32_t(127 + mantissa) << mantissa) - linear;
+
+  static float value(uint32_t code) {
+    return code < linear ? float(int32_t(code)) : from_bits((code + bias) << dropped);
+  }
+  static uint32_t code(float t, uint32_t random) {
+    const uint32_t low = random & ((1u << dropped) - 1);
+    const bool small = t < float(linear);
+    const uint32_t upper = ((bits_of(t) + low) >> dropped) - bias;
+    const uint32_t unit = (uint32_t(int32_t((small ? t : 0.0f) * float(1 << dropped))) + low) >> dropped;
+    const uint32_t found = small ? unit : upper;
+    return found < largest ? found : largest;
+  }
+};
+using First = Map<4>;
+using Second = Map<5>;
+
+// The scale of a block of magnitudes, as maximum of bit patterns: so that a NaN is the largest of all
+inline float scale_of(const float* magnitudes) {
+  int32_t largest = 0;
+  for (int i = 0; i < block_size; ++i) {
+    const int32_t bits = int32_t(bits_of(magnitudes[i]));
+    largest = bits > largest ? bits : largest;
+  }
+  const float scale = from_bits(uint32_t(largest));
+  return scale < 0x1p-100f ? 0.0f : scale;
+}
+
+inline void read_bfloat16(float* to, const uint16_t* from, int n) {
+  for (int i = 0; i < n; ++i) to[i] = from_bits(uint32_t(from[i]) << 16);
+}
+inline void write_bfloat16(uint16_t* to, const float* from, const uint32_t* random, int shift, int n) {
+  for (int i = 0; i < n; ++i) {
+    const uint32_t rounded = (bits_of(from[i]) + ((random[i] >> shift) & 0xffffu)) >> 16;
+    to[i] = uint16_t(from[i] != from[i] ? 0x7fc0u : rounded);
+  }
+}
+
+struct Block {
+  alignas(64) float weights[block_size], gradient[block_size], m[block_size], v[block_size],
+      root[block_size];
+};
+
+inline void read(const Problem& p, Block& b, int64_t at, int64_t number, int n) {
+  if (n < block_size) b = Block{};  // what is beyond the end must not decide a scale
+  if (p.high == nullptr) {
+    __builtin_memcpy(b.weights, p.weights + at, size_t(n) * 4);
+  } else {
+    for (int i = 0; i < n; ++i) {
+      b.weights[i] = from_bits((uint32_t(p.high[at + i]) << 16) + uint32_t(int32_t(p.remainder[at + i])));
+    }
+  }
+  if (p.gradient16 == nullptr) {
+    __builtin_memcpy(b.gradient, p.gradient + at, size_t(n) * 4);
+  } else {
+    read_bfloat16(b.gradient, p.gradient16 + at, n);
+  }
+  switch (p.moments) {
+    case Moments::float32:
+      __builtin_memcpy(b.m, static_cast<const float*>(p.exp_avg) + at, size_t(n) * 4);
+      __builtin_memcpy(b.v, static_cast<const float*>(p.exp_avg_sq) + at, size_t(n) * 4);
+      break;
+    case Moments::bfloat16:
+      read_bfloat16(b.m, static_cast<const uint16_t*>(p.exp_avg) + at, n);
+      read_bfloat16(b.v, static_cast<const uint16_t*>(p.exp_avg_sq) + at, n);
+      break;
+    case Moments::int8: {
+      const int8_t* first = static_cast<const int8_t*>(p.exp_avg) + at;
+      const uint8_t* second = static_cast<const uint8_t*>(p.exp_avg_sq) + at;
+      const float unit = p.exp_avg_scale[number] / First::top;
+      const float root_unit = p.exp_avg_sq_scale[number] / Second::top;
+      for (int i = 0; i < n; ++i) {
+        const int32_t code = first[i];
+        const float value = First::value(uint32_t(code < 0 ? -code : code)) * unit;
+        b.m[i] = code < 0 ? -value : value;
+        const float root = Second::value(second[i]) * root_unit;
+        b.v[i] = root * root;
+      }
+    }
+  }
+}
+
+inline void step(const Problem& p, Block& b) {
+  for (int i = 0; i < block_size; ++i) {
+    const float g = b.gradient[i] * p.grad_scale;
+    const float m = b.m[i];
+    b.m[i] = __builtin_fmaf(p.weight, g - m, p.from_gradient ? g : m);
+    b.v[i] = __builtin_fmaf(g * p.share2, g, b.v[i] * p.beta2);
+  }
+  for (int i = 0; i < block_size; i += Vec::width) store(b.root + i, square_root(load(b.v + i)));
+  for (int i = 0; i < block_size; ++i) {
+    const float denominator = b.root[i] / p.correction + p.eps;
+    b.weights[i] = b.weights[i] * p.decay + (b.m[i] * p.rate) / denominator;
+  }
+}
+
+inline void write_codes(const Problem& p, const Block& b, const uint32_t* random, int64_t at, int64_t number,
+                        int n) {
+  int8_t* first = static_cast<int8_t*>(p.exp_avg) + at;
+  uint8_t* second = static_cast<uint8_t*>(p.exp_avg_sq) + at;
+  alignas(64) float magnitude[block_size];
+  for (int i = 0; i < block_size; ++i) magnitude[i] = from_bits(bits_of(b.m[i]) & 0x7fffffffu);
+  const float scale = scale_of(magnitude), root_scale = scale_of(b.root);
+  const float per_unit = scale == 0 ? 0.0f : First::top / scale;
+  const float per_root_unit = root_scale == 0 ? 0.0f : Second::top / root_scale;
+  for (int i = 0; i < n; ++i) {
+    const int32_t code = int32_t(First::code(magnitude[i] * per_unit, random[i]));
+    first[i] = int8_t(b.m[i] < 0 ? -code : code);
+    const uint32_t found = Second::code(b.root[i] * per_root_unit, random[i] >> 14);
+    const uint32_t least = b.root[i] > 0 && root_scale > 0 ? 1 : 0;
+    second[i] = uint8_t(found > least ? found : least);
+  }
+  p.exp_avg_scale[number] = scale;
+  p.exp_avg_sq_scale[number] = root_scale;
+}
+
+inline void write(const Problem& p, const Block& b, int64_t at, int64_t number, int n) {
+  if (p.high == nullptr) {
+    __builtin_memcpy(p.weights + at, b.weights, size_t(n) * 4);
+  } else {
+    for (int i = 0; i < n; ++i) {
+      const uint32_t bits = bits_of(b.weights[i]);
+      p.high[at + i] = uint16_t((bits + 0x8000u) >> 16);
+      p.remainder[at + i] = int16_t(uint16_t(bits));
+    }
+  }
+  if (p.moments == Moments::float32) {
+    __builtin_memcpy(static_cast<float*>(p.exp_avg) + at, b.m, size_t(n) * 4);
+    __builtin_memcpy(static_cast<float*>(p.exp_avg_sq) + at, b.v, size_t(n) * 4);
+    return;
+  }
+  alignas(64) uint32_t random[block_size];
+  for (int i = 0; i < block_size; ++i) random[i] = mixed((p.first + uint32_t(at) + uint32_t(i)) ^ p.key);
+  if (p.moments == Moments::bfloat16) {
+    write_bfloat16(static_cast<uint16_t*>(p.exp_avg) + at, b.m, random, 0, n);
+    write_bfloat16(static_cast<uint16_t*>(p.exp_avg_sq) + at, b.v, random, 16, n);
+  } else {
+    write_codes(p, b, random, at, number, n);
+  }
+}
+
+inline void update_block(const Problem& p, int64_t row, int64_t column) {
+  const int64_t left = p.columns - column, at = row * p.columns + column;
+  const int n = left < block_size ? int(left) : block_size;
+  const int64_t number = row * ((p.columns + block_size - 1) / block_size) + column / block_size;
+  Block b;
+  read(p, b, at, number, n);
+  step(p, b);
+  write(p, b, at, number, n);
+}
+
+}  // namespace
+}  // namespace whp::WHP_ISA
