@@ -58,7 +58,7 @@ def test_command_is_understood(command, tmp_path):
     "name", [text for text in INLINE if "/" in text and " " not in text and text[0].isalpha()]
 )
 def test_path_exists(name):
-    if not name.startswith(("runs/", "model/")):
+    if not name.startswith(("runs/", "model/", "adapter/")):
         assert (ROOT / name).exists(), name
 
 
@@ -72,16 +72,16 @@ def test_function_exists(name):
 
 
 def test_settings_named_in_the_text_exist():
-    job = parse_config(["--model.path", "m", "--data.corpus", "[c]", "--anchors.path", "a"]).settings()
+    config = parse_config(["--model.path", "m", "--data.corpus", "[c]", "--anchors.path", "a"])
     named = [
         text.split(":")[0]
         for text in INLINE
-        if re.match(r"(model|data|anchors|label|unlearn|run)\.\w+\b", text)
+        if re.match(r"(model|memory|data|anchors|reinforce|label|unlearn|export|run)\.\w+\b", text)
     ]
     assert named
     for name in named:
-        section, key = name.split(".")
-        assert key in job[section], name
+        section, key = name.split(" ")[0].split(".")
+        assert hasattr(getattr(config, section), key), name
 
 
 def test_python_example_calls_the_function_as_it_is():
@@ -96,3 +96,10 @@ def test_configurations_parse_and_hold_no_unknown_setting():
     for path in sorted((ROOT / "whp_fast" / "configs").glob("*.yaml")):
         arguments = ["--config", str(path), "--model.path", "m", "--data.corpus", json.dumps(["c"])]
         assert parse_config([*arguments, "--anchors.path", "a"]).model.path == "m"
+
+
+def test_the_table_of_modes_is_the_plan_s():
+    from whp_fast.plan_table import mode_table
+
+    rows = [line for line in mode_table().splitlines() if line.startswith("|")]
+    assert len(rows) == 14 and "\n".join(rows) in README
