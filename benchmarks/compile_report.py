@@ -47,6 +47,9 @@ _NAMES = {
     torch.float16: "fp16",
     torch.int64: "i64",
     torch.int32: "i32",
+    torch.int16: "i16",
+    torch.int8: "i8",
+    torch.uint8: "u8",
     torch.bool: "i1",
 }
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"

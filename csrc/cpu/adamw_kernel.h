@@ -1,9 +1,9 @@
-// One block of a step of AdamW: read, step, write. optim/update.py is the definition, optim/moments.py that of
-// the narrow formats; what is written is the same to the last bit.
+// One block of a step of AdamW: read, step, write. optim/update.py is the definition, optim/moments.py that
+// of the narrow formats; what is written is the same to the last bit.
 //
 // The loops are plain, over arrays of a block, and left to the compiler's vectoriser: every operation is
-// rounded on its own (-ffp-contract=off), so the instruction set does not change a bit. Square roots are taken
-// by vectors, because a compiler calls a function for each where errno may be set.
+// rounded on its own (-ffp-contract=off), so the instruction set does not change a bit. Square roots are
+// taken by vectors, because a compiler calls a function for each where errno may be set.
 #pragma once
 #include "adamw.h"
 
@@ -33,6 +33,10 @@ inline uint32_t mixed(uint32_t x) {  // lowbias32, see moments.py
   return x ^ (x >> 16);
 }
 
+// All bits where true. The codes are made by comparing and masking integers: the vectoriser leaves loops with
+// branches, and those that mix floats, bytes and truth values.
+inline uint32_t mask(bool condition) { return 0u - uint32_t(condition); }
+
 // Codes of magnitudes with 3 bits of exponent: moments.Map
 template <int mantissa>
 struct Map {
@@ -42,14 +46,16 @@ struct Map {
   static constexpr uint32_t bias = (uint32_t(127 + mantissa) << mantissa) - linear;
 
   static float value(uint32_t code) {
-    return code < linear ? float(int32_t(code)) : from_bits((code + bias) << dropped);
+    const uint32_t small = mask(code < linear);
+    return from_bits((bits_of(float(int32_t(code))) & small) | (((code + bias) << dropped) & ~small));
   }
   static uint32_t code(float t, uint32_t random) {
     const uint32_t low = random & ((1u << dropped) - 1);
-    const bool small = t < float(linear);
+    const uint32_t small = mask(bits_of(t) < uint32_t(127 + mantissa) << 23);  // t < linear, as t >= 0
     const uint32_t upper = ((bits_of(t) + low) >> dropped) - bias;
-    const uint32_t unit = (uint32_t(int32_t((small ? t : 0.0f) * float(1 << dropped))) + low) >> dropped;
-    const uint32_t found = small ? unit : upper;
+    const float within = from_bits(bits_of(t) & small) * float(1 << dropped);  // fits into int32
+    const uint32_t unit = (uint32_t(int32_t(within)) + low) >> dropped;
+    const uint32_t found = (unit & small) | (upper & ~small);
     return found < largest ? found : largest;
   }
 };
@@ -111,9 +117,9 @@ inline void read(const Problem& p, Block& b, int64_t at, int64_t number, int n) 
       const float unit = p.exp_avg_scale[number] / First::top;
       const float root_unit = p.exp_avg_sq_scale[number] / Second::top;
       for (int i = 0; i < n; ++i) {
-        const int32_t code = first[i];
-        const float value = First::value(uint32_t(code < 0 ? -code : code)) * unit;
-        b.m[i] = code < 0 ? -value : value;
+        const int32_t code = first[i], sign = code >> 31;
+        const float value = First::value(uint32_t((code ^ sign) - sign)) * unit;
+        b.m[i] = from_bits(bits_of(value) | (uint32_t(sign) & 0x80000000u));
         const float root = Second::value(second[i]) * root_unit;
         b.v[i] = root * root;
       }
@@ -137,20 +143,23 @@ inline void step(const Problem& p, Block& b) {
 
 inline void write_codes(const Problem& p, const Block& b, const uint32_t* random, int64_t at, int64_t number,
                         int n) {
-  int8_t* first = static_cast<int8_t*>(p.exp_avg) + at;
-  uint8_t* second = static_cast<uint8_t*>(p.exp_avg_sq) + at;
   alignas(64) float magnitude[block_size];
+  alignas(64) int8_t first[block_size];  // here, because a pointer to bytes may point to anything
+  alignas(64) uint8_t second[block_size];
   for (int i = 0; i < block_size; ++i) magnitude[i] = from_bits(bits_of(b.m[i]) & 0x7fffffffu);
   const float scale = scale_of(magnitude), root_scale = scale_of(b.root);
   const float per_unit = scale == 0 ? 0.0f : First::top / scale;
   const float per_root_unit = root_scale == 0 ? 0.0f : Second::top / root_scale;
-  for (int i = 0; i < n; ++i) {
-    const int32_t code = int32_t(First::code(magnitude[i] * per_unit, random[i]));
-    first[i] = int8_t(b.m[i] < 0 ? -code : code);
+  const uint32_t positive = root_scale > 0;
+  for (int i = 0; i < block_size; ++i) {
+    const uint32_t sign = mask(bits_of(b.m[i]) - 0x80000001u < 0x7f800000u);  // m < 0: no NaN, no -0
+    first[i] = int8_t(int32_t((First::code(magnitude[i] * per_unit, random[i]) ^ sign) - sign));
     const uint32_t found = Second::code(b.root[i] * per_root_unit, random[i] >> 14);
-    const uint32_t least = b.root[i] > 0 && root_scale > 0 ? 1 : 0;
+    const uint32_t root = bits_of(b.root[i]), least = root < positive ? root : positive;
     second[i] = uint8_t(found > least ? found : least);
   }
+  __builtin_memcpy(static_cast<int8_t*>(p.exp_avg) + at, first, size_t(n));
+  __builtin_memcpy(static_cast<uint8_t*>(p.exp_avg_sq) + at, second, size_t(n));
   p.exp_avg_scale[number] = scale;
   p.exp_avg_sq_scale[number] = root_scale;
 }

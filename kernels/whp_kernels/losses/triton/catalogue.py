@@ -18,7 +18,11 @@ from typing import NamedTuple
 
 from whp_kernels.losses.triton.launch import Launch
 
-SOURCES = ("whp_kernels.losses.triton.row_cases:cases", "whp_kernels.losses.triton.linear_cases:cases")
+SOURCES = (
+    "whp_kernels.losses.triton.row_cases:cases",
+    "whp_kernels.losses.triton.linear_cases:cases",
+    "whp_kernels.optim.triton_cases:cases",
+)
 """``module:generator`` of each group of kernels."""
 
 
