@@ -8,7 +8,7 @@ TORCHTITAN := $(foreach wheel,torchtitan==0.3.0 spmd_types==0.2.3 tyro==1.0.17,"
 
 CSRC   := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: install demo test lint bench-prepare bench-loss bench-gpu clean
+.PHONY: install demo test test-gpu lint bench-prepare bench-loss bench-gpu clean
 
 install: .venv/extension-built
 
@@ -43,8 +43,16 @@ bench-prepare: install
 bench-loss: install
 	$(BIN)/python -m benchmarks.loss --check --json benchmarks/results/loss_cpu.json --pictures kernels/images
 
+# on a machine with a CUDA GPU; RESULTS holds one file a benchmark, with device, versions, command and commit
+RESULTS ?= benchmarks/results
+
+test-gpu: install
+	$(BIN)/python -m pytest tests/kernels tests/test_engine.py tests/test_model.py tests/test_attention.py
+
 bench-gpu: install
-	$(BIN)/python -m benchmarks.loss --device cuda --json benchmarks/results/loss_cuda.json --pictures kernels/images
+	$(BIN)/python -m benchmarks.loss --device cuda --json $(RESULTS)/loss_cuda.json --pictures kernels/images
+	$(BIN)/python -m benchmarks.seven_b --start-up --json $(RESULTS)/seven_b_cuda.json
+	$(BIN)/python -m benchmarks.results_page --folder $(RESULTS)
 
 clean:
 	rm -rf .venv runs build *.egg-info kernels/whp_kernels/_C.*
