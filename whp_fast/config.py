@@ -38,7 +38,7 @@ class MemoryConfig:
     master;
     float32: the master itself; auto: that of model.compute_dtype."""
     moments: Literal["float32", "bfloat16", "int8"] = "float32"
-    """AdamW's two moments; int8: blocks of 256 with a scale each."""
+    """AdamW's two moments; int8: blocks of 1024 with a scale each."""
     gradients: Literal["float32", "bfloat16"] = "float32"
     """What gradients of several micro-batches are added up in; bfloat16 only beside bfloat16 weights."""
     offload_moments: bool = False

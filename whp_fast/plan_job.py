@@ -8,6 +8,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from whp_kernels.optim.moments import BLOCK
+
 from whp_fast.config import JobConfig, TrainConfig
 from whp_fast.errors import UserError
 from whp_fast.model_config import LlamaConfig
@@ -213,7 +215,7 @@ def _training_seconds(
 
 def _offloaded(s: Setup) -> float:
     """Bytes of moments and remainder for each trained weight."""
-    moments = {"float32": 8, "bfloat16": 4, "int8": 2 + 8 / 256}[s.memory.moments]
+    moments = {"float32": 8, "bfloat16": 4, "int8": 2 + 8 / BLOCK}[s.memory.moments]
     return moments + (2 if s.master == "bfloat16" else 0)
 
 

@@ -95,7 +95,7 @@ void adamw_(const Tensor& weights, const std::optional<Tensor>& remainder, const
   p.columns = p.moments == Moments::int8 ? columns : rows * columns;
   const int64_t across = (p.columns + block_size - 1) / block_size;
   const Kernel& chosen = kernel();
-  constexpr int64_t grain = 128;  // blocks that are worth a thread
+  constexpr int64_t grain = 32;  // blocks that are worth a thread
   torch::stable::parallel_for(0, p.rows * across, grain, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
       chosen.update(p, block / across, block % across * block_size);

@@ -6,7 +6,7 @@ namespace whp::adamw {
 
 enum class Moments { float32, bfloat16, int8 };
 
-constexpr int block_size = 256;  // elements worked on at a time; with 8-bit moments, those that share a scale
+constexpr int block_size = 1024;  // elements of a call; with 8-bit moments, those that share a scale
 
 // See optim/update.py for the meaning of every field. All arrays are [rows, columns], scales [rows, blocks].
 struct Problem {

@@ -177,7 +177,7 @@ def test_a_step_by_hand(impl):
 @pytest.mark.parametrize("isa", isas())
 def test_compiled_and_reference_are_the_same(monkeypatch, isa, moments):
     monkeypatch.setenv("WHP_KERNELS_ISA", isa)
-    shapes = [(48, 320), (17, 241), (4, 3, 343), (4097, 1), (8, 512), (70,)]
+    shapes = [(48, 1320), (17, 241), (4, 3, 1343), (4097, 1), (8, 2048), (70,)]
     dtypes = [(BFLOAT16, BFLOAT16), (BFLOAT16, FLOAT32), (FLOAT32, FLOAT32)]
     for shape, (dtype, gradient_dtype) in zip(shapes, itertools.cycle(dtypes)):
         options = {
@@ -185,7 +185,7 @@ def test_compiled_and_reference_are_the_same(monkeypatch, isa, moments):
             "dtype": dtype,
             "gradient_dtype": gradient_dtype,
             "moments": moments,
-            "betas": (0.4 if shape == (8, 512) else 0.9, 0.95),
+            "betas": (0.4 if shape == (8, 2048) else 0.9, 0.95),
             "grad_scale": torch.tensor(0.37) if shape[0] == 17 else None,
         }
         assert_same(train(**options, impl="cpp"), train(**options, impl="reference"))
@@ -195,11 +195,11 @@ def test_compiled_and_reference_are_the_same(monkeypatch, isa, moments):
 @pytest.mark.parametrize("moments", MOMENTS)
 def test_compiled_and_reference_agree_on_numbers_that_bite(moments):
     """Zeros, NaN, infinities, subnormal and huge gradients; a block of them each."""
-    shape = (8, 600)
+    shape = (8, 2400)
     gradient = next(gradients(shape, 1))
     gradient[0] = 0
     gradient[1, ::7] = 0
-    gradient[2, 300] = float("nan")
+    gradient[2, 1300] = float("nan")
     gradient[3, 5], gradient[4, 6] = float("inf"), -float("inf")
     gradient[5] *= 1e-36
     gradient[6] *= 1e-41
@@ -222,24 +222,24 @@ def test_compiled_and_reference_agree_on_numbers_that_bite(moments):
         assert torch.equal(first[clean], second[clean]), name
     assert torch.equal(found[0][0].nan_to_num(7), found[1][0].nan_to_num(7))
     assert found[0][0][[0, 1, 5, 6, 7]].isfinite().all()
-    assert found[0][0][2, 300].isnan() and not found[0][0][2, :256].isnan().any()
+    assert found[0][0][2, 1300].isnan() and not found[0][0][2, :1024].isnan().any()
 
 
 @needs_extension
 @pytest.mark.parametrize("moments", MOMENTS)
 def test_threads_change_nothing(moments):
-    alone = train((600, 300), 2, moments=moments, impl="cpp")
+    alone = train((300, 1300), 2, moments=moments, impl="cpp")
     torch.set_num_threads(3)
     try:
-        assert_same(alone, train((600, 300), 2, moments=moments, impl="cpp"))
+        assert_same(alone, train((300, 1300), 2, moments=moments, impl="cpp"))
     finally:
         torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("moments", MOMENTS)
 def test_in_host_memory_the_numbers_are_the_same(monkeypatch, moments):
-    monkeypatch.setattr(offload, "PIECE_ELEMENTS", 2000)  # several pieces, and more than there are slots
-    assert_same(train((48, 321), moments=moments, offload=True), train((48, 321), moments=moments))
+    monkeypatch.setattr(offload, "PIECE_ELEMENTS", 6000)  # several pieces, and more than there are slots
+    assert_same(train((24, 1321), moments=moments, offload=True), train((24, 1321), moments=moments))
 
 
 def test_host_memory_of_a_gpu_is_registered_by_whole_pages(monkeypatch):
@@ -298,7 +298,7 @@ def test_moments_do_not_follow_each_other_from_parameter_to_parameter():
 @pytest.mark.parametrize("moments", MOMENTS)
 @pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT32])
 def test_the_state_is_there_from_the_start(moments, dtype):
-    params = [torch.nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in ((8, 600), (5000,), (8, 500))]
+    params = [torch.nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in ((8, 2400), (5000,), (8, 500))]
     optimizer = AdamW(params, moments=moments)
     remainder = {"remainder": torch.int16} if dtype == BFLOAT16 else {}
     codes = {"exp_avg": torch.int8, "exp_avg_sq": torch.uint8}
@@ -339,7 +339,7 @@ def test_autograd_sees_that_weights_have_changed():
 @pytest.mark.parametrize("moments", MOMENTS)
 def test_a_run_goes_on_from_a_saved_state_bit_for_bit(moments):
     def run(stop):
-        param, sequence = parameter(start((40, 300)), BFLOAT16, FLOAT32), gradients((40, 300), 6)
+        param, sequence = parameter(start((20, 1300)), BFLOAT16, FLOAT32), gradients((20, 1300), 6)
         optimizer = AdamW([param], lr=1e-4, moments=moments)
         for step, gradient in enumerate(sequence):
             if step == stop:

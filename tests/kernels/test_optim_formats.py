@@ -8,7 +8,7 @@ from whp_kernels.optim import AdamW, moments
 from whp_kernels.optim.moments import BLOCK, FIRST, SECOND
 
 
-def magnitudes(rows=64, columns=600, seed=0):
+def magnitudes(rows=32, columns=2400, seed=0):
     """Positive numbers over eight orders of magnitude."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(rows, columns, generator=generator).mul(3).exp() * 1e-5
@@ -54,40 +54,40 @@ def test_errors_stay_within_their_bounds():
     m = x * signs
     codes, scale = moments.encode_first(m, draw(x.shape))
     error = (moments.decode_first(codes, scale).double() - m.double()).abs()
-    bound = torch.maximum(x.double() / 16, spread(scale, 600) / 1984)
+    bound = torch.maximum(x.double() / 16, spread(scale, 2400) / 1984)
     assert (error <= bound * (1 + 1e-5)).all()
     assert (error > bound / 2).any()  # the bound is no looser than it must be
     assert torch.equal(scale, torch.stack([part.amax(1) for part in x.split(BLOCK, 1)], 1))
 
     codes, scale = moments.encode_second(x, draw(x.shape))
     error = (moments.decode_second(codes, scale).double().sqrt() - x.double()).abs()
-    bound = torch.maximum(x.double() / 32, spread(scale, 600) / 4032)
+    bound = torch.maximum(x.double() / 32, spread(scale, 2400) / 4032)
     assert (error <= bound * (1 + 1e-5)).all()
     assert (error > bound / 2).any()
 
 
 def test_a_positive_second_moment_is_never_stored_as_zero():
-    root = torch.full((1, 256), 1e-20)
+    root = torch.full((1, BLOCK), 1e-20)
     root[0, 0], root[0, 1] = 1.0, 0.0
-    codes, _ = moments.encode_second(root, torch.zeros(1, 256, dtype=torch.int64))
-    assert codes[0].tolist() == [255, 0] + [1] * 254
+    codes, _ = moments.encode_second(root, torch.zeros(1, BLOCK, dtype=torch.int64))
+    assert codes[0].tolist() == [255, 0] + [1] * (BLOCK - 2)
 
 
 def test_blocks_of_zeros_and_of_tiny_numbers():
     for value in (0.0, 1e-40, 2.0**-101):
-        codes, scale = moments.encode_first(torch.full((2, 300), value), draw((2, 300)))
+        codes, scale = moments.encode_first(torch.full((2, 1300), value), draw((2, 1300)))
         assert not codes.any() and not scale.any()
-        codes, scale = moments.encode_second(torch.full((2, 300), value), draw((2, 300)))
+        codes, scale = moments.encode_second(torch.full((2, 1300), value), draw((2, 1300)))
         assert not codes.any() and not scale.any()
         assert not moments.decode_second(codes, scale).any()
     assert moments.encode_first(torch.full((1, 1), 2.0**-100), draw((1, 1)))[0].tolist() == [[127]]
 
 
 def test_blocks_do_not_cross_rows_and_know_nothing_of_each_other():
-    x, random = magnitudes(6, 600), draw((6, 600))
+    x, random = magnitudes(6, 2400), draw((6, 2400))
     codes, scale = moments.encode_first(x, random)
     for row in range(6):
-        for block, columns in enumerate((slice(0, 256), slice(256, 512), slice(512, 600))):
+        for block, columns in enumerate((slice(0, 1024), slice(1024, 2048), slice(2048, 2400))):
             part = moments.encode_first(x[row : row + 1, columns], random[row : row + 1, columns])
             assert torch.equal(part[0][0], codes[row, columns])
             assert part[1][0].tolist() == [scale[row, block].item()]
@@ -115,7 +115,7 @@ def test_rounding_keeps_the_mean(kind):
 
 
 def test_bfloat16_goes_to_a_neighbour():
-    x = magnitudes() * torch.where(draw((64, 600), 5) & 1 == 0, 1.0, -1.0)
+    x = magnitudes() * torch.where(draw((32, 2400), 5) & 1 == 0, 1.0, -1.0)
     bits = x.view(torch.int32).to(torch.int64)
     found = moments.to_bfloat16(x, draw(x.shape)).view(torch.int16).to(torch.int64)
     above = found - (bits >> 16)
@@ -178,12 +178,12 @@ def test_a_second_moment_falls(kept):
 @pytest.mark.parametrize("kept, bound", [("bfloat16", 0.01), ("int8", 0.06)])
 def test_the_weights_follow_those_of_float32_moments(kept, bound):
     generator = torch.Generator().manual_seed(0)
-    sizes = torch.randn(32, 512, generator=generator).exp() * 1e-4
-    signs = torch.randn(32, 512, generator=generator).sign()
-    noise = [torch.randn(32, 512, generator=generator) for _ in range(40)]
+    sizes = torch.randn(8, 2048, generator=generator).exp() * 1e-4
+    signs = torch.randn(8, 2048, generator=generator).sign()
+    noise = [torch.randn(8, 2048, generator=generator) for _ in range(40)]
     moves = []
     for used in ("float32", kept):
-        param = torch.nn.Parameter(torch.zeros(32, 512))
+        param = torch.nn.Parameter(torch.zeros(8, 2048))
         optimizer = AdamW([param], lr=1e-3, moments=used)
         for each in noise:
             param.grad = sizes * (signs + each)

@@ -57,7 +57,7 @@ def train(weights, all_gradients, **options):
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("moments", MOMENTS)
-@pytest.mark.parametrize("shape, ranks", [((10, 700), 4), ((5, 1000), 4), ((4, 3, 600), 2), ((4099,), 3)])
+@pytest.mark.parametrize("shape, ranks", [((10, 2100), 4), ((5, 1300), 4), ((4, 3, 1100), 2), ((4099,), 3)])
 def test_shards_are_rows_of_the_whole(impl, moments, shape, ranks):
     """Uneven, with an empty one (5 rows on 4 processes), and smaller than what keeps float32 moments."""
     whole = train(start(shape), gradients(shape), moments=moments, impl=impl)
@@ -78,7 +78,7 @@ def test_shards_are_rows_of_the_whole(impl, moments, shape, ranks):
 
 def test_groups_of_copies_of_shards():
     """HSDP: copies along one dimension of the mesh, shards along the other; and copies alone."""
-    shape = (8, 700)
+    shape = (8, 2100)
     whole = train(start(shape), gradients(shape), moments="int8")
     with mesh_of(3, 2, 2) as mesh:
         for placements, rows in (([Replicate(), Shard(0)], slice(4, 8)), ([Replicate()] * 2, slice(0, 8))):

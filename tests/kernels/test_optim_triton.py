@@ -42,7 +42,7 @@ def test_the_kernel_fits_and_rounds_to_nearest(target):
     result = compile_case(case, target)
     assert not result.error and result.registers > 8
     code = compile_launch(case.launch, TARGETS[target]).asm["ptx"]
-    elements = 4 * 256 // (4 * 32)  # of a lane
+    elements = 1024 // (4 * 32)  # of a lane
 
     def count(name):
         return len(re.findall(rf"\b{re.escape(name)}\b", code))

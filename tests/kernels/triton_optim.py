@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 from whp_kernels.optim import AdamW, offload
+from whp_kernels.optim.moments import BLOCK
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
@@ -41,7 +42,7 @@ def assert_same(first, second):
     "dtype, gradient_dtype", [(BFLOAT16, BFLOAT16), (BFLOAT16, FLOAT32), (FLOAT32, FLOAT32)]
 )
 def test_the_bits_of_the_reference(moments, dtype, gradient_dtype):
-    for shape, betas, scale in (((7, 601), (0.9, 0.95), None), ((3, 2, 700), (0.4, 0.95), 0.37)):
+    for shape, betas, scale in (((7, 2401), (0.9, 0.95), None), ((3, 2, 1300), (0.4, 0.95), 0.37)):
         options = {"moments": moments, "betas": betas, "grad_scale": scale}
         arguments = (shape, dtype, gradient_dtype)
         assert_same(
@@ -51,18 +52,18 @@ def test_the_bits_of_the_reference(moments, dtype, gradient_dtype):
 
 
 def test_nan_stays_where_it_is():
-    param = torch.nn.Parameter(torch.zeros(8, 512, device=DEVICE))
+    param = torch.nn.Parameter(torch.zeros(8, 2048, device=DEVICE))
     optimizer = AdamW([param], moments="int8", impl="triton")
     for _ in range(2):
-        param.grad = torch.ones(8, 512, device=DEVICE)
-        param.grad[3, 300] = float("nan")
+        param.grad = torch.ones(8, 2048, device=DEVICE)
+        param.grad[3, 1300] = float("nan")
         optimizer.step()
     bad = param.detach().isnan().nonzero().tolist()
-    assert [3, 300] in bad and all(row == 3 and column >= 256 for row, column in bad)
+    assert [3, 1300] in bad and all(row == 3 and column >= BLOCK for row, column in bad)
 
 
 @pytest.mark.parametrize("moments", MOMENTS)
 def test_state_in_host_memory(monkeypatch, moments):
-    monkeypatch.setattr(offload, "PIECE_ELEMENTS", 1300)
-    arguments = (DEVICE, "triton", (7, 601), BFLOAT16, FLOAT32)
+    monkeypatch.setattr(offload, "PIECE_ELEMENTS", 5000)
+    arguments = (DEVICE, "triton", (7, 2401), BFLOAT16, FLOAT32)
     assert_same(train(*arguments, moments=moments, offload=True), train(*arguments, moments=moments))

@@ -39,7 +39,7 @@ class AdamW(torch.optim.Optimizer):
     The state exists from the start. ``state[param]`` holds ``step`` (int) and tensors of the local shard,
     each with its dimension 0: ``remainder`` (int16, of bfloat16 parameters), ``exp_avg``, ``exp_avg_sq`` (of
     the shard's shape) and, with 8-bit moments (codes int8 and uint8, see ``moments.py``), ``exp_avg_scale``
-    and ``exp_avg_sq_scale`` (float32, one for 256 columns of the last dimension).
+    and ``exp_avg_sq_scale`` (float32, one for 1024 columns of the last dimension).
 
     The numbers do not depend on how parameters are sharded along dimension 0.
 

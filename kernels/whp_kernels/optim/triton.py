@@ -15,7 +15,7 @@ from whp_kernels.losses.triton.launch import Launch
 from whp_kernels.optim.moments import BLOCK
 from whp_kernels.optim.update import Numbers, Tensors
 
-_TILE, _WARPS = 4, 4  # blocks of 256 elements a program: 8 elements a lane
+_TILE, _WARPS = 1, 4  # blocks of 1024 elements a program: 8 elements a lane
 
 
 def update(tensors: Tensors, numbers: Numbers) -> None:

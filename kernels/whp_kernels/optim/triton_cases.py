@@ -21,7 +21,7 @@ def cases() -> Iterator[Case]:
         for weights, gradient in (("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "float32")):
             launch = adamw_launch(_tensors(moments, weights, gradient), Numbers.of(_NUMBERS, 2, 1))
             name = f"{weights}, gradient {gradient}, moments {moments}"
-            yield Case(name, "4 x 256", launch, quick=weights == "bfloat16" == gradient)
+            yield Case(name, "1 x 1024", launch, quick=weights == "bfloat16" == gradient)
 
 
 def _tensors(moments: str, weights: str, gradient: str) -> Tensors:

@@ -76,7 +76,7 @@ class Tensors:
         weights: float32, or bfloat16 beside a remainder [R, C].
         gradient: float32 or bfloat16 [R, C].
         exp_avg, exp_avg_sq: float32, bfloat16, or int8 and uint8 codes [R, C].
-        exp_avg_scale, exp_avg_sq_scale: float32 [R, ceil(C / 256)] beside codes, else None.
+        exp_avg_scale, exp_avg_sq_scale: float32 [R, ceil(C / 1024)] beside codes, else None.
         remainder: int16 [R, C] beside bfloat16 weights, else None.
         grad_scale: float32 [1] on the device of the weights; None: 1.
         first: number of the first element within the whole parameter.
