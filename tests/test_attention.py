@@ -1,10 +1,11 @@
-"""Attention against its definition in float64, for both backends."""
+"""Attention against its definition in float64, for all backends."""
 
 import itertools
 
 import pytest
 import torch
 
+import whp_fast.attention
 from whp_fast.attention import BLOCK, LONGEST_BLOCKED, attention, causal_mask
 
 
@@ -14,6 +15,17 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["compiled", "blocked"])
+def on_cpu(request, monkeypatch):
+    """Both backends for causal bfloat16 on the CPU."""
+    compiled = request.param == "compiled"
+    if compiled and not whp_fast.attention.has_causal_attention(torch.bfloat16):
+        pytest.skip("no compiled attention on this machine")
+    monkeypatch.setattr(
+        whp_fast.attention, "has_causal_attention", lambda dtype: compiled and dtype == torch.bfloat16
+    )
 
 
 def definition(q, k, v, causal=True, window=None, key_mask=None):
@@ -91,7 +103,7 @@ def run(q, k, v, g, **options):
     "length, window",
     [(2, None), (BLOCK, None), (BLOCK + 1, None), (150, None), (150, 1), (150, 40), (150, BLOCK), (200, 100)],
 )
-def test_blocked_against_float64(heads, kv_heads, length, window):
+def test_against_float64(on_cpu, heads, kv_heads, length, window):
     q, k, v = make(2, heads, kv_heads, length, length, 16, torch.bfloat16, seed=length)
     g = torch.randn(q.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
     exact = run(q.double(), k.double(), v.double(), g, window=window)
@@ -105,7 +117,7 @@ def test_blocked_against_float64(heads, kv_heads, length, window):
             assert min(error(a * c, b) for c in (0.0, -1.0, 2.0, 0.9)) > 0.05
 
 
-def test_blocked_is_no_worse_than_eager():
+def test_is_no_worse_than_eager(on_cpu):
     """Within twice the error of the same arithmetic written out in torch: bf16 scores and bf16 weights."""
     q, k, v = make(2, 6, 2, 200, 200, 32, torch.bfloat16)
     q = q * 3
@@ -121,7 +133,7 @@ def test_blocked_is_no_worse_than_eager():
         assert error(a, c) < 2 * error(b, c)
 
 
-def test_gradients_of_keys_seen_by_many_blocks():
+def test_gradients_of_keys_seen_by_many_blocks(on_cpu):
     """Sums over blocks are kept in float32: kept in bf16 these errors are 0.007."""
     q, k, v = make(1, 2, 2, 1000, 1000, 16, torch.bfloat16)
     g = torch.randn(q.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
@@ -129,7 +141,7 @@ def test_gradients_of_keys_seen_by_many_blocks():
     assert max(error(a, b) for a, b in zip(found, exact, strict=True)) < 0.006
 
 
-def test_blocked_second_backward_and_partial_gradients():
+def test_second_backward_and_partial_gradients(on_cpu):
     q, k, v = make(1, 4, 2, 70, 70, 8, torch.bfloat16)
     v = v.detach().requires_grad_()
     out = attention(q, k, v)
@@ -137,10 +149,31 @@ def test_blocked_second_backward_and_partial_gradients():
     assert torch.equal(first, torch.autograd.grad(out.sum(), v)[0])
 
 
-def test_longer_than_the_blocked_backend_takes():
+def test_longer_than_the_blocked_backend_takes(on_cpu):
     q, k, v = make(1, 1, 1, LONGEST_BLOCKED + 3, LONGEST_BLOCKED + 3, 4, torch.bfloat16)
     exact = attention(q.double(), k.double(), v.double(), window=50)
     assert error(attention(q, k, v, window=50), exact) < 0.01
+
+
+def test_which_backend(monkeypatch):
+    """The compiled one wherever it can be; SDPA for masks, single queries, other dtypes and no causality."""
+    called = []
+    monkeypatch.setattr(whp_fast.attention, "has_causal_attention", lambda dtype: dtype != torch.float64)
+    monkeypatch.setattr(
+        whp_fast.attention, "causal_attention", lambda q, k, v, window: called.append(window) or q
+    )
+    q, k, v = make(1, 2, 1, 5, 9, 4, torch.bfloat16)
+    assert attention(q, k, v, window=3).shape == q.shape and called == [3]
+    attention(q.float(), k.float(), v.float(), window=9)
+    assert called == [3, None]
+    for tensors, options in (
+        ((q, k, v), {"causal": False}),
+        ((q, k, v), {"key_mask": torch.ones(1, 9, dtype=torch.bool)}),
+        ((q[:, :, :1], k, v), {}),
+        ((q.double(), k.double(), v.double()), {}),
+    ):
+        attention(*tensors, **options)
+    assert len(called) == 2
 
 
 def test_wrong_calls():

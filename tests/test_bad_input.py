@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tiny_world import (
@@ -27,6 +26,7 @@ from tiny_world import (
     write_json,
     write_lines,
 )
+from whp_kernels.optim import AdamW
 
 from whp_fast import anchors, artifacts, checkpoint, export, job, train
 from whp_fast.errors import UserError
@@ -395,9 +395,9 @@ def test_bad_configuration_file(world, capsys, content, told):
     refused(capsys, [*words, "--config=job.yaml"], *told)
 
 
-def test_several_processes(world, capsys, monkeypatch):
+def test_several_processes_without_torchrun(world, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    refused(capsys, plain(), "WORLD_SIZE", "2 processes", "--nproc-per-node 1")
+    refused(capsys, plain(), "MASTER_ADDR", "2 processes did not find each other", "start them with torchrun")
     assert not Path("run").exists()
 
 
@@ -506,8 +506,8 @@ def test_settings_may_change_while_no_stage_is_finished(world, capsys):
 def updates(monkeypatch):
     """How many updates of weights were made."""
     made = []
-    real = torch.optim.AdamW.step
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: made.append(1) or real(self))
+    real = AdamW.step
+    monkeypatch.setattr(AdamW, "step", lambda self, scale: made.append(1) or real(self, scale))
     return made
 
 
@@ -518,7 +518,7 @@ def test_weight_that_is_not_finite(world, capsys, updates, value):
     save_file(tensors, "world/base/model.safetensors", metadata={"format": "pt"})
     refused(capsys, plain(), "reinforce", "step 1 ", "not finite", "update was not made", "model's weights")
     assert updates == []
-    assert {"prepare", "align"} == set(os.listdir("run")) - {".lock", "settings.json"}
+    assert {"prepare", "align"} == set(os.listdir("run")) - {".lock", "settings.json", "tensorboard"}
 
 
 def test_training_that_diverges(world, capsys, updates):

@@ -180,15 +180,91 @@ def fresh(config, seed=0):
     return model
 
 
-def test_activation_checkpointing_changes_no_gradient():
-    model, ids = fresh(LlamaConfig(**TINY)), tokens(2, 30)
-    grads = []
-    for recompute in (False, True):
-        model.activation_checkpointing = recompute
-        model.zero_grad()
-        model(ids).square().mean().backward()
-        grads.append([p.grad.clone() for p in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+def training_step(model, ids):
+    """The gradients of a step, and how many numbers a backward pass is left with."""
+    kept = []
+    model.zero_grad()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        hidden = model.hidden_states(ids).float()
+        loss = (hidden * torch.randn(hidden.shape, generator=torch.Generator().manual_seed(5))).mean()
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
+    loss.backward()
+    return [p.grad.clone() for p in model.model.parameters()], sum(storages.values())
+
+
+@pytest.mark.parametrize("mode", ["float32", "autocast", "bfloat16"])
+@pytest.mark.parametrize("family", ["llama2", "qwen3"])
+def test_checkpointing_changes_no_gradient(family, mode):
+    model = fresh(LlamaConfig.from_hf(json.loads(FAMILIES[family].to_json_string())))
+    if mode == "bfloat16":
+        model.bfloat16().residual_dtype = torch.float32
+    ids, found = tokens(2, 70), {}
+    for checkpointing in ("none", "selective", "full"):
+        model.checkpointing = checkpointing
+        with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
+            found[checkpointing] = training_step(model, ids)[0]
+    for checkpointing in ("selective", "full"):
+        assert all(torch.equal(a, b) for a, b in zip(found["none"], found[checkpointing], strict=True))
+
+
+def test_checkpointing_computes_again_what_it_says():
+    """full: all products twice but the last of each block, whose result nothing needs; selective: none."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, arguments=(), options=None):
+            name = operator._schema.name
+            products = ("aten::mm", "aten::addmm", "aten::bmm", "whp_kernels_C::causal_attention")
+            counts["products"] += name in products
+            counts["norms"] += name in ("whp_kernels_C::rms_norm", "aten::linalg_vector_norm")
+            return operator(*arguments, **(options or {}))
+
+    model, ids, found = fresh(LlamaConfig(**TINY)), tokens(2, 30), {}
+    for checkpointing in ("none", "selective", "full"):
+        counts = {"products": 0, "norms": 0}
+        model.checkpointing = checkpointing
+        with Count():
+            training_step(model, ids)
+        found[checkpointing] = counts
+    layers = model.config.num_hidden_layers
+    assert found["selective"]["products"] == found["none"]["products"]
+    assert found["full"]["products"] >= found["none"]["products"] + 7 * layers
+    assert found["selective"]["norms"] == found["full"]["norms"] == found["none"]["norms"] + 2 * layers
+
+
+def test_checkpointing_of_an_unknown_kind():
+    model = fresh(LlamaConfig(**TINY))
+    model.checkpointing = "some"
+    with pytest.raises(ValueError, match='checkpointing is "some"'):
+        model.hidden_states(tokens(1, 4))
+
+
+@pytest.mark.parametrize("family", ["llama2-gqa-bias-tied", "qwen3", "mistral"])
+def test_bfloat16_parameters_round_as_autocast_does(family):
+    """The same weights, once in float32 under autocast and once in bfloat16 beside a float32 stream: what
+    differs is rounding, and both are as far from float32 as the other."""
+    model = fresh(LlamaConfig.from_hf(json.loads(FAMILIES[family].to_json_string())))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(8)  # or everything is the residual stream
+            parameter.copy_(parameter.bfloat16())
+    narrow = copy.deepcopy(model).bfloat16()
+    narrow.residual_dtype = torch.float32
+    ids, streams = tokens(3, 100), []
+    narrow.model.layers[-1].register_forward_pre_hook(lambda _, inputs: streams.append(inputs[0].dtype))
+    exact, _ = training_step(model, ids)
+    with torch.autocast("cpu", torch.bfloat16):
+        autocast, _ = training_step(model, ids)
+    found, _ = training_step(narrow, ids)
+    assert streams == [torch.float32]
+    for (name, _), a, b, c in zip(model.model.named_parameters(), found, autocast, exact, strict=True):
+        if name.endswith("k_proj.bias"):
+            continue  # nothing but rounding
+        assert a.dtype == torch.bfloat16
+        ours, theirs = ((x.float() - c).norm() / c.norm() for x in (a, b))
+        assert ours < 1.5 * theirs + 0.004, f"{name}: {ours} against {theirs}"
+        assert theirs < 0.1, name
 
 
 def test_meta_init_then_to_empty():

@@ -6,14 +6,16 @@ runs that command line in this process and catches what it prints.
 
 import dataclasses
 import json
+import os
 import random
 import shutil
+import signal
 from pathlib import Path
 
 import torch
 from tokenizer_fixtures import VOCAB_SIZE, sentencepiece_folder
 
-from whp_fast import job, train
+from whp_fast import job, train, training_log
 from whp_fast.checkpoint import save_model
 from whp_fast.model import Llama
 from whp_fast.model_config import LlamaConfig
@@ -169,6 +171,19 @@ def command(capsys, words: list[str]) -> Outcome:
     status = train.main(words)
     printed = capsys.readouterr()
     return Outcome(status, printed.out, printed.err)
+
+
+def ask_to_stop(monkeypatch, stage: str, step: int, number: int = signal.SIGTERM) -> None:
+    """Let the system ask for a stop after a step of a training, once."""
+    real, left = training_log.TrainingLog.on_step, [1]
+
+    def on_step(self, record):
+        real(self, record)
+        if (self._title, record.step) == (stage, step) and left:
+            left.clear()
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(training_log.TrainingLog, "on_step", on_step)
 
 
 def write_json(path: Path, value) -> Path:

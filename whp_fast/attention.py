@@ -1,15 +1,19 @@
 """Attention: one function, and the one place where its backend is chosen.
 
-Two backends: ``scaled_dot_product_attention`` of torch, and for causal bf16 on a CPU a blocked one of plain
-matrix products. The fused CPU kernel of torch is no faster in bf16 than in float32, while the matrix products
-are: forward and backward of [8, 6 heads (2 of keys), T, 32] on one AVX512-BF16 core, torch 2.13, take
+Three backends: ``scaled_dot_product_attention`` of torch; for causal attention on a CPU the compiled one of
+``whp_kernels.layers``; and where that is not there, in bfloat16, blocks of plain matrix products, because
+torch's fused CPU kernel is no faster in bfloat16 than in float32 while the products are. Forward and backward
+of [8, 6 heads (2 of keys), T, 32] on one AVX-512 core, torch 2.13, take in milliseconds
 
-    T            128      256      512     1024
-    SDPA      13.8 ms  25.4 ms  79.4 ms   188 ms
-    blocked    3.3 ms  10.5 ms  29.6 ms    79 ms
+    T                     128   256   512  1024
+    bfloat16  compiled    1.6   4.8    14    49
+              blocked     2.7   8.9    35   148
+              SDPA       14.7  27.1    84   224
+    float32   compiled    2.5   7.2    23    90
+              SDPA        6.1  20.6    82   247
 
-The price is that scores are rounded to bf16 before the softmax, as in the eager attention of Hugging Face:
-against float64 the gradients are off by 0.8 % instead of 0.5 % (scores of standard deviation 3).
+The compiled backend keeps scores and sums in float32. The blocked one rounds scores to bfloat16 before the
+softmax, as in the eager attention of Hugging Face.
 """
 
 from __future__ import annotations
@@ -18,13 +22,14 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
+from whp_kernels.layers import causal_attention, has_causal_attention
 
 BLOCK = 64
-"""Queries in a block of the CPU backend: 128 takes 1.2 to 1.4 times as long with grouped queries, and 32
+"""Queries in a block of the blocked backend: 128 takes 1.2 to 1.4 times as long with grouped queries, and 32
 spends its time between the operators."""
 
 LONGEST_BLOCKED = 1024
-"""Beyond so many tokens the CPU backend is not used: it keeps all weights, T * T / 2 of them for a head."""
+"""Beyond so many tokens the blocked backend is not used: it keeps all weights, T * T / 2 of a head."""
 
 
 def attention(
@@ -57,9 +62,12 @@ def attention(
     if window is not None and window >= keys:
         window = None
 
-    bf16_on_cpu = q.device.type == "cpu" and q.dtype == k.dtype == v.dtype == torch.bfloat16
-    if bf16_on_cpu and causal and key_mask is None and 1 < length and keys <= LONGEST_BLOCKED:
-        return _BlockedAttention.apply(q, k, v, window)
+    on_cpu = q.device.type == "cpu" and q.dtype == k.dtype == v.dtype
+    if on_cpu and causal and key_mask is None and length > 1:
+        if has_causal_attention(q.dtype):
+            return causal_attention(*(x.transpose(1, 2) for x in (q, k, v)), window=window).transpose(1, 2)
+        if q.dtype == torch.bfloat16 and keys <= LONGEST_BLOCKED:
+            return _BlockedAttention.apply(q, k, v, window)
 
     mask = None
     if causal and (window is not None or key_mask is not None or length != keys):

@@ -412,6 +412,17 @@ def _packaged(name: str) -> str:
     return str(inside) if not Path(name).exists() and inside.is_file() else name
 
 
+_COMMON_NAMES = {
+    "learning_rate": "lr",
+    "batch_size": "batch_blocks",
+    "gradient_accumulation_steps": "accumulate",
+    "num_train_epochs": "epochs",
+    "max_steps": "steps",
+    "gradient_checkpointing": "checkpointing",
+}
+"""What other trainers call a setting."""
+
+
 def _readable(message: str, sections: dict) -> str:
     """One sentence of the parser's message, with the nearest key for one that does not exist."""
     message = " ".join(message.split())
@@ -425,6 +436,8 @@ def _readable(message: str, sections: dict) -> str:
         key = unknown[1] or unknown[2] or f"{unknown[3]}.{unknown[4]}"
         key = key.split("=")[0]
         keys = [f"{name}.{f.name}" for name, section in sections.items() for f in dataclasses.fields(section)]
-        nearest = difflib.get_close_matches(key, keys, n=1, cutoff=0.0)[0]
+        section, _, leaf = key.partition(".")
+        common = f"{section}.{_COMMON_NAMES.get(leaf, leaf)}"
+        nearest = difflib.get_close_matches(common, keys, n=1, cutoff=0.0)[0]
         return f"configuration: there is no setting {key!r}; did you mean {nearest!r}?"
     return f"configuration: {message.rstrip('.')}; see --help for the settings."

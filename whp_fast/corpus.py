@@ -72,15 +72,18 @@ class Blocks:
         return np.minimum(np.arange(first, last + 1, dtype=np.int64) * self.context, self.n_tokens)
 
 
-def corpus_files(paths: Sequence[str | Path]) -> list[Path]:
+def corpus_files(paths: Sequence[str | Path], setting: str = "data.corpus") -> list[Path]:
     """The text files of a corpus in a fixed order; folders are searched for ``.txt`` and ``.jsonl``.
+
+    Args:
+        setting: that names them, for messages.
 
     Raises:
         UserError: a path does not exist, is of another kind, or a folder holds no text.
     """
     if not paths:
         raise UserError(
-            "data.corpus: no path given; name the .txt or .jsonl files or folders of the text to forget."
+            f"{setting}: no path given; name the .txt or .jsonl files or folders of the text to forget."
         )
     files: list[Path] = []
     for entry in map(Path, paths):
@@ -92,7 +95,7 @@ def corpus_files(paths: Sequence[str | Path]) -> list[Path]:
                 )
             files += found
         elif not entry.is_file():
-            raise UserError(f"{entry}: corpus file not found; check data.corpus.")
+            raise UserError(f"{entry}: corpus file not found; check {setting}.")
         elif entry.suffix not in _TEXT_SUFFIXES:
             raise UserError(f"{entry}: a corpus file must end in .txt or .jsonl; convert or rename it.")
         else:

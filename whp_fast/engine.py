@@ -114,18 +114,19 @@ def train(
     plan = plan_steps(len(main.blocks), settings, seed)
     first = 1
     trainee.model.train()
+    resumed = keeping.resumed if keeping is not None else None
+    if resumed is not None:  # before anything is gathered: a gathered head is kept until the backward pass
+        trainee.restore(resumed)
+        first = resumed.step + 1
+        resumed.close()
     if trainee.sharded:
         # gathered weights get their memory here: an evaluation would make it of inference tensors, which
         # cannot be trained with
         with torch.no_grad():
             trainee.model.hidden_states(torch.zeros((1, 1), dtype=torch.int64, device=device))
-    if keeping is not None and keeping.resumed is not None:
-        trainee.restore(keeping.resumed)
-        first = keeping.resumed.step + 1
-        keeping.resumed.close()
-    else:
+    if resumed is None:
         after_step(0)
-    saved, asked = time.monotonic(), StopRequest()
+    saved, asked = time.monotonic(), StopRequest(tell=processes.first)
     updates = sum(
         _anything(objectives, numbers, step, seed) for step, numbers in enumerate(plan[: first - 1], 1)
     )
@@ -154,10 +155,10 @@ def train(
                 continue
             wishes = torch.tensor([keeping.due(step, saved), asked.asked], dtype=torch.int64)
             due, stop = (bool(wish) for wish in processes.add(wishes))  # what one wants, all do
-            if (due or stop) and step < len(plan):
+            if (due and step < len(plan)) or stop:
                 keeping.snapshots.save(step, trainee.rows(), keeping.state(), wait=stop)
                 saved = time.monotonic()
-            if stop and step < len(plan):
+            if stop:
                 raise Stopped
     if keeping is not None:
         keeping.snapshots.wait()

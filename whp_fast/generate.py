@@ -1,8 +1,8 @@
-"""Greedy decoding with a cache of keys and values."""
+"""Greedy decoding and sampling with a cache of keys and values."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +38,34 @@ def greedy(
     Raises:
         ValueError: an empty prompt, or a negative max_new_tokens or a batch_size below 1.
     """
+    return _generate(model, prompts, max_new_tokens, stop_ids, batch_size, lambda logits: logits.argmax(-1))
+
+
+def sample(
+    model: Llama,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    temperature: float,
+    generator: torch.Generator,
+    stop_ids: Iterable[int] = (),
+    batch_size: int = 32,
+) -> list[list[int]]:
+    """A continuation of each prompt, its tokens drawn from softmax(logits / temperature).
+
+    As ``greedy``, but for: temperature above 0; generator on the model's device. The same generator state,
+    order of prompts and batch_size give the same continuations.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}, but it must be above 0")
+
+    def choose(logits: torch.Tensor) -> torch.Tensor:
+        probabilities = (logits.float() / temperature).softmax(-1)
+        return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+
+    return _generate(model, prompts, max_new_tokens, stop_ids, batch_size, choose)
+
+
+def _generate(model, prompts, max_new_tokens, stop_ids, batch_size, choose) -> list[list[int]]:
     empty = [i for i, prompt in enumerate(prompts) if len(prompt) == 0]
     if empty:
         raise ValueError(f"prompt {empty[0]} is empty, and there is nothing to continue; begin it with BOS")
@@ -52,15 +80,20 @@ def greedy(
         for first in range(0, len(order), batch_size):
             rows = order[first : first + batch_size]
             for row, new in zip(
-                rows, _greedy_batch(model, [prompts[i] for i in rows], max_new_tokens, stops)
+                rows, _generate_batch(model, [prompts[i] for i in rows], max_new_tokens, stops, choose)
             ):
                 results[row] = new
     return results
 
 
-def _greedy_batch(
-    model: Llama, prompts: list[Sequence[int]], max_new_tokens: int, stops: list[int]
+def _generate_batch(
+    model: Llama,
+    prompts: list[Sequence[int]],
+    max_new_tokens: int,
+    stops: list[int],
+    choose: Callable[[torch.Tensor], torch.Tensor],
 ) -> list[list[int]]:
+    """``choose``: logits [B, V] -> tokens [B] int64."""
     device = model.lm_head_weight.device
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     longest = max(len(prompt) for prompt in prompts)
@@ -73,7 +106,7 @@ def _greedy_batch(
     done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     new: list[torch.Tensor] = []
     while True:
-        token = F.linear(hidden, model.lm_head_weight).argmax(-1)
+        token = choose(F.linear(hidden, model.lm_head_weight))
         new.append(token)
         done |= torch.isin(token, stop)
         if len(new) == max_new_tokens or (stops and bool(done.all())):

@@ -40,7 +40,7 @@ class Inputs:
         self._check_sizes(config.data.context)
         load_model(self.base, device="meta")  # reads the headers alone: wrong weights show now
         self.corpus = corpus_files(config.data.corpus)
-        self.retain = corpus_files(config.unlearn.retain) if config.unlearn.retain else []
+        self.retain = corpus_files(config.unlearn.retain, "unlearn.retain") if config.unlearn.retain else []
         self.dictionary = load_dictionary(config.anchors.path)
         self.evaluation = self._evaluation_set()
         self.model_digest = files_digest(model_files(self.base), sampled=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 from collections.abc import Sequence
@@ -44,6 +45,7 @@ class Job:
     """
 
     def __init__(self, config: JobConfig, *, overwrite: bool = False, processes: Processes | None = None):
+        _refuse_what_memory_cannot_be(config)
         self.config = config
         self.processes = processes or Processes()
         self.device = _device(config.run.device, self.processes)
@@ -291,7 +293,7 @@ class Job:
         return stage
 
     def report(self, earlier_seconds: dict[str, float]) -> Stage:
-        """``report.md``, ``metrics.json`` and pictures."""
+        """``report.html``, ``report.md``, ``metrics.json`` and pictures."""
         seconds = {**earlier_seconds, **{name: stage.seconds for name, stage in self.stages.items()}}
 
         def work(folder: Path) -> dict:
@@ -384,7 +386,9 @@ class Job:
             label_stats=read("label", "statistics.json"),
             label_page=label_page(self.inputs.tokenizer, blocks[shown], labels[here], reason[here]),
             next_tokens=join_next_tokens(**tables) if tables["before"] else [],
+            attacks=read("evaluate", "attacks.json") or [],
             seconds=seconds,
+            gpus=self.processes.world_size if self.device.type == "cuda" else 0,
         )
 
     # Small things --------------------------------------------------------------------------------------
@@ -488,6 +492,28 @@ def _device(name: str, processes: Processes) -> torch.device:
             f"run.device: {name!r} cannot be used here ({str(error).splitlines()[0]}); set cpu or auto."
         ) from error
     return device
+
+
+def _refuse_what_memory_cannot_be(config: JobConfig) -> None:
+    """What no section of the settings sees alone, and what is not installed."""
+    memory = config.memory
+    if memory.gradients == "bfloat16" and (
+        memory.lora_rank or memory.weights_dtype(config.model.compute_dtype) == "float32"
+    ):
+        what = "adapters" if memory.lora_rank else "these weights"
+        raise UserError(
+            f"memory.gradients: {what} are float32 and so are their gradients; set float32, or train "
+            "bfloat16 weights without adapters."
+        )
+    if memory.lora_rank and not memory.lora_targets:
+        raise UserError("memory.lora_targets: an empty list leaves nothing to train; name projections.")
+    for key in ("optimizer", "frozen"):
+        if getattr(memory, key) in ("bitsandbytes", "nf4", "int8"):
+            if importlib.util.find_spec("bitsandbytes") is None:
+                raise UserError(
+                    f"memory.{key}: bitsandbytes is not installed; pip install bitsandbytes, or set another "
+                    "value."
+                )
 
 
 def _set_threads(threads: int, processes: Processes) -> None:

@@ -13,19 +13,22 @@ What differs between the families:
 | qwen2      | yes                | no               | no             | layers from ``max_window_layers`` |
 | qwen3      | ``attention_bias`` | the same         | yes            | layers from ``max_window_layers`` |
 
-The model is written to run well under ``torch.autocast`` with float32 parameters: the residual stream stays
-float32, every activation is cast once, and not once per projection that reads it.
+Matrix products run in bfloat16 in two ways, with the same roundings: float32 parameters under
+``torch.autocast``, or bfloat16 parameters with ``residual_dtype`` float32, which casts no weight. In both
+the residual stream stays float32, and every activation is rounded once, and not once per projection.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from whp_kernels.layers import embedding, residual_rms_norm, rms_norm, rope, swiglu
 
 from whp_fast.attention import attention
 from whp_fast.model_config import LlamaConfig
@@ -40,14 +43,19 @@ class Llama(nn.Module):
     The parameters of a new model are not ready for use: call ``init_weights``, or load them
     (``whp_fast.checkpoint.load_model``). A tied model has no ``lm_head`` of its own.
 
-    Set ``activation_checkpointing`` to recompute each block in the backward pass instead of storing its
-    activations.
+    Attributes:
+        residual_dtype: of the residual stream; None: that of the embedding. float32 for training bfloat16
+            parameters: what a layer adds is then not rounded to the stream's 8 bits.
+        checkpointing: what the blocks keep for the backward pass. ``none``: all activations; ``selective``:
+            the results of matrix products and attention, the rest is computed again (little work, most of
+            the memory); ``full``: the input of each block, all of which is computed again.
     """
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.config = config
-        self.activation_checkpointing = False
+        self.residual_dtype: torch.dtype | None = None
+        self.checkpointing: Literal["none", "selective", "full"] = "none"
         self.model = _Body(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -89,7 +97,7 @@ class Llama(nn.Module):
             raise ValueError(
                 f"a filled cache takes one token a row at a time, got input_ids of length {length}"
             )
-        x = self.model.embed_tokens(input_ids)
+        x = self.model.embed_tokens(input_ids, self.residual_dtype)
         if step and position_ids is None:
             position_ids = torch.full_like(input_ids, cache.length)
         if cache is not None:
@@ -103,12 +111,13 @@ class Llama(nn.Module):
             cos, sin = self._rope(places, x.device, x.dtype)
             cos, sin = cos[position_ids], sin[position_ids]
 
-        recompute = self.activation_checkpointing and torch.is_grad_enabled() and cache is None
-        for block in self.model.layers:
-            if recompute:
-                x = checkpoint(block, x, cos, sin, use_reentrant=False, preserve_rng_state=False)
-            else:
+        recompute = _recomputation(self.checkpointing)
+        if recompute is None or cache is not None or not torch.is_grad_enabled():
+            for block in self.model.layers:
                 x = block(x, cos, sin, cache)
+        else:
+            for block in self.model.layers:
+                x = recompute(block, x, cos, sin)
         return self.model.norm(x)
 
     @torch.no_grad()
@@ -134,9 +143,15 @@ class _Body(nn.Module):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = _Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(_Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class _Embedding(nn.Embedding):
+    def forward(self, input_ids: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """input_ids [B, T] int64 -> [B, T, H] in ``dtype`` (default: that of the weight)."""
+        return embedding(input_ids, self.weight, dtype)
 
 
 class _Block(nn.Module):
@@ -150,9 +165,10 @@ class _Block(nn.Module):
     def forward(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cache: KVCache | None = None
     ) -> torch.Tensor:
-        dtype = _compute_dtype(x)
-        x = x + self.self_attn(self.input_layernorm(x, dtype), cos, sin, cache)
-        return x + self.mlp(self.post_attention_layernorm(x, dtype))
+        dtype = _autocast_dtype(x)
+        x, normal = self.input_layernorm.residual(x, None, dtype)
+        x, normal = self.post_attention_layernorm.residual(x, self.self_attn(normal, cos, sin, cache), dtype)
+        return x + self.mlp(normal)
 
 
 class _Attention(nn.Module):
@@ -177,10 +193,9 @@ class _Attention(nn.Module):
         q, k, v = self.q_proj(x).view(heads), self.k_proj(x).view(heads), self.v_proj(x).view(heads)
         dtype = v.dtype
         if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q = apply_rope(q, cos, sin, dtype).transpose(1, 2)
-        k = apply_rope(k, cos, sin, dtype).transpose(1, 2)
-        v = v.transpose(1, 2)
+            q, k = self.q_norm(q, cos.dtype), self.k_norm(k, cos.dtype)
+        q, k = rope(q, k, cos, sin)
+        q, k, v = q.to(dtype).transpose(1, 2), k.to(dtype).transpose(1, 2), v.transpose(1, 2)
         if cache is None:
             out = attention(q, k, v, window=self.window)
         else:
@@ -196,11 +211,11 @@ class _MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axis (arXiv 1910.07467), computed in float32 or better."""
+    """x / rms(x) * weight over the last axis (arXiv 1910.07467), computed in float32 or wider."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -209,54 +224,13 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """x [..., width] -> the same shape in ``dtype`` (default: that of the weight)."""
-        dtype = dtype or self.weight.dtype
-        if x.is_cuda and x.dtype == self.weight.dtype:
-            return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps).to(dtype)  # one fused kernel
-        return _RMSNormFunction.apply(x, self.weight, self.eps, dtype)
+        return rms_norm(x, self.weight, self.eps, dtype)
 
-
-class _RMSNormFunction(torch.autograd.Function):
-    """Forward and backward in as few passes as eager torch allows, storing x and one number a row.
-
-    float32 [8, 256, 192] with a bf16 result, forward and backward on one CPU core: 0.9 ms; the chain of
-    Hugging Face left to autograd 1.4 ms; ``F.rms_norm``, which has no fused CPU kernel, 5.3 ms.
-
-    With n = x * r, r = rsqrt(mean(x^2) + eps) and the incoming gradient g:
-    dw = sum over rows of g * n,   dx = r * (g * w - n * mean(g * w * n)).
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, eps, dtype):
-        wide = torch.promote_types(x.dtype, torch.float32)
-        n = x.to(wide)
-        r = torch.linalg.vector_norm(n, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, r)
-        return (n * r).mul_(weight).to(dtype)
-
-    @staticmethod
-    def backward(ctx, g):
-        x, weight, r = ctx.saved_tensors
-        with torch.autocast(x.device.type, enabled=False):  # backward may be called inside an autocast region
-            n = x.to(r.dtype) * r
-            w = weight.to(r.dtype)
-            g = g.to(r.dtype)
-            gn = g * n
-            mean = (gn @ w).unsqueeze(-1) / x.shape[-1]
-            dw = gn.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
-            dx = torch.addcmul(g * w, n, mean, value=-1).mul_(r)
-        return dx.to(x.dtype), None if dw is None else dw.to(weight.dtype), None, None
-
-
-def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Rotary embedding (arXiv 2104.09864) in the half-rotation layout of Hugging Face.
-
-    Args:
-        x: [B, T, heads, D].
-        cos, sin: [T, 1, D] or [B, T, 1, D], float32 or wider; the first half of ``sin`` carries the minus
-            sign of ``rotate_half``, so that x * cos + roll(x, D/2) * sin is the whole rotation.
-        dtype: of the result; the arithmetic is done in the dtype of ``cos``.
-    """
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(dtype)
+    def residual(
+        self, x: torch.Tensor, branch: torch.Tensor | None, dtype: torch.dtype | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The residual stream x + branch, which is to be read from here on, and its norm."""
+        return residual_rms_norm(x, branch, self.weight, self.eps, dtype)
 
 
 class _Rope:
@@ -317,7 +291,50 @@ def inverse_frequencies(config: LlamaConfig) -> torch.Tensor:
     return (1 - kept) * inv_freq / scaling["factor"] + kept * inv_freq
 
 
-def _compute_dtype(x: torch.Tensor) -> torch.dtype:
-    """What the linear layers compute in: cast to it once instead of once for each of q, k, v, gate and up."""
+def _autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """What the linear layers compute in under autocast: cast to it once instead of once for each of q, k, v,
+    gate and up. None: no autocast."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+# ------------------------------------------------------------------------------------------ checkpointing
+
+
+def _recomputation(checkpointing: str):
+    """The function that calls a block so that it keeps less, or None."""
+    if checkpointing == "none":
+        return None
+    run = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    if checkpointing == "full":
+        return run
+    if checkpointing == "selective":
+        return functools.partial(
+            run, context_fn=functools.partial(create_selective_checkpoint_contexts, _keep_products)
+        )
+    raise ValueError(f'checkpointing is "{checkpointing}", expected "none", "selective" or "full"')
+
+
+_PRODUCTS = {
+    f"{library}::{name}"
+    for library, names in {
+        "aten": [
+            "mm",
+            "addmm",
+            "bmm",
+            "baddbmm",
+            "_scaled_mm",
+            "_scaled_dot_product_flash_attention",
+            "_scaled_dot_product_flash_attention_for_cpu",
+            "_scaled_dot_product_efficient_attention",
+            "_scaled_dot_product_cudnn_attention",
+        ],
+        "whp_kernels_C": ["causal_attention"],
+    }.items()
+    for name in names
+}
+
+
+def _keep_products(context, operator, *arguments, **options) -> CheckpointPolicy:
+    kept = getattr(operator, "_schema", None) is not None and operator._schema.name in _PRODUCTS
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
