@@ -32,6 +32,15 @@ LONGEST_BLOCKED = 1024
 """Beyond so many tokens the blocked backend is not used: it keeps all weights, T * T / 2 of a head."""
 
 
+def backend(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """(name, why) of the backend of causal attention over whole sequences."""
+    if device.type == "cpu" and has_causal_attention(dtype):
+        return "compiled", "fused, for this processor"
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        return "blocked products", "slower: whp_kernels' compiled part is missing"
+    return "torch's fused kernel", "scaled_dot_product_attention"
+
+
 def attention(
     q: torch.Tensor,
     k: torch.Tensor,

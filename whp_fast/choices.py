@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import torch
+from rich.markup import escape
 from whp_kernels import backends
 from whp_kernels.gemm import from_accumulator
 
+from whp_fast import attention
 from whp_fast.config import JobConfig
 from whp_fast.processes import Processes
 from whp_fast.progress import say
@@ -19,7 +21,7 @@ def choices(config: JobConfig, device: torch.device, processes: Processes) -> li
     rows = [
         ("losses", loss, _why_loss(device, loss)),
         ("matrix products", compute, _why_products(device, compute)),
-        ("attention", *_attention(device, compute)),
+        ("attention", *attention.backend(device, getattr(torch, compute))),
     ]
     if memory.lora_rank:
         frozen = compute if memory.frozen == "auto" else memory.frozen
@@ -45,7 +47,7 @@ def choices(config: JobConfig, device: torch.device, processes: Processes) -> li
 def tell_choices(config: JobConfig, device: torch.device, processes: Processes) -> None:
     """The same for people, a line each."""
     for what, choice, why in choices(config, device, processes):
-        say(f"  {what:<15}  {choice:<28}  [dim]{why}[/dim]")
+        say(f"  {what:<15}  {choice:<28}  [dim]{escape(why)}[/dim]")
 
 
 def _loss_backend(device: torch.device) -> str:
@@ -67,12 +69,6 @@ def _why_products(device: torch.device, compute: str) -> str:
     if from_accumulator(torch.bfloat16, device):
         return "model.compute_dtype; logits keep their float32 sums"
     return "model.compute_dtype; logits from float32 copies, this device has no such product"
-
-
-def _attention(device: torch.device, compute: str) -> tuple[str, str]:
-    if device.type == "cpu" and compute == "bfloat16":
-        return "blocked products", "faster than scaled_dot_product_attention in bfloat16 on CPUs"
-    return "torch's fused kernel", "scaled_dot_product_attention"
 
 
 def _sharding(config: JobConfig, processes: Processes) -> str:

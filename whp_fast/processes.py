@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from whp_fast.errors import UserError
+from whp_fast.stopping import deaf_to_sigterm
 
 BEAT_SECONDS = 2.0
 SILENT_SECONDS = 30.0
@@ -128,15 +129,20 @@ def join_processes(device: str) -> Iterator[Processes]:
     try:
         yield processes
     except RuntimeError as error:  # of a collective, when another process is gone; or of our own
-        lost = watch.gone(patience=6 * BEAT_SECONDS)
-        processes.close(reason=lost or _in_a_line(error))
+        with deaf_to_sigterm():
+            lost = watch.gone(patience=6 * BEAT_SECONDS)
+            processes.close(reason=lost or _in_a_line(error))
         if not lost:
             raise
         raise ProcessLost(lost, told_by=watch.lowest_here()) from error
     except BaseException as error:
-        processes.close(reason=_in_a_line(error))
-        if rank and watch.said_by_first(_in_a_line(error), patience=2 * BEAT_SECONDS):
+        reason = _in_a_line(error)
+        said = bool(rank) and watch.said_by_first(reason, patience=2 * BEAT_SECONDS)
+        processes.close(reason)
+        if said:
             raise SystemExit(2) from error  # the same in all processes: said once
+        if not rank:
+            watch.await_others(patience=4 * BEAT_SECONDS)  # they compare their reason with this one's
         raise
     processes.close()
 
@@ -188,7 +194,10 @@ class _Watch:
         """A sentence about a process that is gone; waits so long for one to fall silent. Empty: none."""
         until = time.monotonic() + patience
         while time.monotonic() < until:
-            told = self._look(silent=4 * BEAT_SECONDS)
+            try:
+                told = self._look(silent=4 * BEAT_SECONDS)
+            except (RuntimeError, OSError):
+                return self._without_store()
             if told:
                 return told
             time.sleep(0.2)
@@ -214,6 +223,16 @@ class _Watch:
             time.sleep(0.1)
         return False
 
+    def await_others(self, patience: float) -> None:
+        """Until the others have left too, or so many seconds: the store may be this process's."""
+        until = time.monotonic() + patience
+        with contextlib.suppress(RuntimeError, OSError), self._lock:
+            while time.monotonic() < until:
+                beats = [self._store.get(f"{r}") for r in self._others if self._store.check([f"{r}"])]
+                if len(beats) == len(self._others) and all(beat.startswith(b"left") for beat in beats):
+                    return
+                time.sleep(0.05)
+
     def _run(self) -> None:
         count = 0
         while not self._left.wait(BEAT_SECONDS):
@@ -222,11 +241,19 @@ class _Watch:
                 self._beat(count)
                 told = self._look(silent=SILENT_SECONDS)
             except (RuntimeError, OSError):
-                told = "the store of the processes is gone; the first machine or torchrun ended"
+                told = self._without_store()
             if told and not self._left.wait(8 * BEAT_SECONDS):  # the main thread may find out by itself
                 if self.lowest_here() == self._rank and "could not go on" not in told:
                     print(f"error: {told}", file=sys.stderr, flush=True)
                 os._exit(1)
+
+    def _without_store(self) -> str:
+        if 0 in self._seen:  # it, or torchrun beside it, kept the store
+            self._seen[0] = ("left", time.monotonic())
+        return (
+            "process 0, or the torchrun that started it, is gone: it was killed, or its machine is gone; "
+            "start the job again, it goes on from the last snapshot."
+        )
 
     def _beat(self, count: int) -> None:
         with self._lock:

@@ -8,6 +8,7 @@ positions, so the number of processes never changes it. Frozen models are sharde
 from __future__ import annotations
 
 import math
+import warnings
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +57,8 @@ def shard(model: Llama, mesh: DeviceMesh, compute_dtype: torch.dtype, *, trained
     # the head is read by the loss after the forward pass, so the root keeps its parameters until the backward
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     register_fsdp_forward_method(model, "hidden_states")
+    # it warns of changing the hidden states in place, which nobody does
+    warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
     if trained:
         for module in (*modules, model):
             module.set_gradient_divide_factor(1.0)
