@@ -103,3 +103,15 @@ def test_the_table_of_modes_is_the_plan_s():
 
     rows = [line for line in mode_table().splitlines() if line.startswith("|")]
     assert len(rows) == 14 and "\n".join(rows) in README
+
+
+def test_figures_of_the_training_are_those_of_the_results():
+    results = ROOT / "benchmarks" / "results"
+    for row in json.loads((results / "engine_cpu.json").read_text())["rows"]:
+        figures = f"{row['tokens_per_s']:,.0f} | {100 * row['share']:.0f} % | {row['peak_mb']:.0f}"
+        assert f"| {row['dtype']} | {row['label']} | {figures} |" in README
+    for row in json.loads((results / "plan_cpu.json").read_text())["rows"]:
+        line = f"| {row['mode']} | {row['planned_mb']:.1f} | {row['measured_mb']:.1f} |"
+        assert row["model"] != "demo" or line in README
+    for row in json.loads((results / "small_updates.json").read_text())["rows"]:
+        assert f"{100 * row['share_trained']:.1f} %, {row['error_trained']:.4f}" in README
