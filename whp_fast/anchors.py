@@ -11,6 +11,7 @@ import difflib
 import functools
 import heapq
 import json
+import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping
@@ -344,3 +345,9 @@ def _leftmost_longest(candidates):
             chosen[k] = True
             free_from = candidates[k, 2]
     return candidates[chosen]
+
+
+if __name__ == "__main__":
+    from whp_fast.extraction.command import main
+
+    sys.exit(main())
