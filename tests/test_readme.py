@@ -78,7 +78,7 @@ def test_settings_named_in_the_text_exist():
     named = [
         text.split(":")[0]
         for text in INLINE
-        if re.match(r"(model|memory|data|anchors|reinforce|label|unlearn|export|run)\.\w+\b", text)
+        if re.match(r"(model|memory|data|anchors|reinforce|label|unlearn|export|run)\.\w+(?![\w.])", text)
     ]
     assert named
     for name in named:

@@ -7,7 +7,7 @@ import warnings
 import pytest
 from matplotlib import image
 
-from whp_fast import figures
+from whp_fast import curve_figures, figures, report, report_page
 from whp_fast.evaluate import FIGURES, EvaluationResult
 from whp_fast.markdown import code, duration, escaped
 from whp_fast.report import ReportData, join_next_tokens, share_removed, verdict, write_report
@@ -97,7 +97,16 @@ def data():
     )
 
 
-def test_first_lines_answer_the_question(tmp_path, data):
+@pytest.fixture
+def quick(monkeypatch):
+    """No picture is drawn."""
+    for name in ("draw_next_tokens", "draw_label_page"):
+        monkeypatch.setattr(figures, name, lambda *_: None)
+    monkeypatch.setattr(report, "draw_curve", lambda *_: None)
+    monkeypatch.setattr(report_page, "curve_svgs", lambda *_: [])
+
+
+def test_first_lines_answer_the_question(tmp_path, data, quick):
     path = write_report(tmp_path / "new" / "folder", data)
     assert path == tmp_path / "new" / "folder" / "report.md"
     lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line]
@@ -112,14 +121,23 @@ def test_first_lines_answer_the_question(tmp_path, data):
     )
     assert "Model: tiny\\_model." in lines
     assert "| | before | after | oracle | better |" in lines
-    assert "| Familiarity (completion) | 0.290 | 0.007 | 0.004 | lower |" in lines
-    assert "| Familiarity (probability) | 0.244 | 0.006 | 0.003 | lower |" in lines
-    assert "| General accuracy | 0.612 | 0.597 | 0.605 | higher |" in lines
-    assert "| General perplexity | 8.00 | 8.40 | 8.10 | lower |" in lines
-    assert "Measured on 300 completions, 37 next-word prompts, 1,200 questions." in lines
+    rows = {line.split(" | ")[0]: line.split(" | ")[1:] for line in lines if line.startswith("| ")}
+    for name, *values, better in (
+        ("| Familiarity (completion)", "0.290 (0.", "0.007 (0.00", "0.004 (0.00", "lower |"),
+        ("| Familiarity (probability)", "0.244 (0.", "0.006 (0.00", "0.003 (0.00", "lower |"),
+        ("| General accuracy", "0.612 (0.584–0.639)", "0.597 (0.5", "0.605 (0.5", "higher |"),
+        ("| General perplexity", "8.00", "8.40", "8.10", "lower |"),
+    ):
+        assert all(cell.startswith(value) for cell, value in zip(rows[name], values, strict=False)), name
+        assert rows[name][-1] == better
+    assert rows["| General perplexity"][:3] == ["8.00", "8.40", "8.10"]  # no interval
+    assert any(
+        line.startswith("Measured on 300 completions, 37 next-word prompts, 1,200 questions. ")
+        for line in lines
+    )
 
 
-def test_the_body_of_the_report(tmp_path, data):
+def test_the_body_of_the_report(tmp_path, data, quick):
     text = write_report(tmp_path, data).read_text(encoding="utf-8")
     for line in (
         "| Orrin \\| went | to **Glimmerhall** ↵ with **Tobin** (3) | to school (0) |",
@@ -149,11 +167,13 @@ def test_the_body_of_the_report(tmp_path, data):
     ]  # falls first, what still leaks last
 
 
-def test_metrics(tmp_path, data):
+def test_metrics(tmp_path, data, quick):
     data.curve[1]["general_perplexity"] = math.inf
     write_report(tmp_path, data)
     metrics = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
-    assert list(metrics) == ["before", "after", "oracle", "seconds", "settings", "curve"]
+    assert list(metrics) == ["before", "after", "oracle", "seconds", "settings", "curve", "intervals"]
+    assert list(metrics["intervals"]) == ["before", "after", "oracle"]
+    assert metrics["intervals"]["before"]["general_accuracy"] == pytest.approx([0.5841, 0.6392], abs=1e-4)
     assert metrics["before"] == dict(zip(FIGURES, (0.290, 0.244, 0.612, 8.0), strict=True))
     assert metrics["after"]["general_perplexity"] == 8.4
     assert metrics["oracle"]["familiarity_completion"] == 0.004
@@ -185,19 +205,46 @@ def test_an_oracle_changes_curve_and_bars(tmp_path, data):
     text = write_report(tmp_path / "without", data).read_text(encoding="utf-8")
     for name in ("curve.png", "next_tokens.png"):
         assert (tmp_path / "with" / name).read_bytes() != (tmp_path / "without" / name).read_bytes()
-    assert "| General accuracy | 0.612 | 0.597 | higher |" in text
+    row = next(line for line in text.split("\n") if line.startswith("| General accuracy"))
+    assert row.count("|") == 5 and "0.597" in row and row.endswith("| higher |")
     assert "the oracle" not in text.split("## What these")[0]
     assert json.loads((tmp_path / "without" / "metrics.json").read_text(encoding="utf-8"))["oracle"] is None
 
 
+def test_the_curve_draws_intervals(tmp_path, data):
+    plain = curve_figures.draw_curve(tmp_path / "a.png", data.curve).read_bytes()
+    for name in FIGURES[:3]:
+        curve = [point | {"intervals": {name: (0.1, 0.7)}} for point in data.curve]
+        assert curve_figures.draw_curve(tmp_path / "b.png", curve).read_bytes() != plain, name
+
+
+def test_attacks_and_cost(tmp_path, data, quick):
+    without = write_report(tmp_path / "without", data).read_text(encoding="utf-8")
+    assert "## Attacks" not in without and "were not tried here" in without
+    assert "Energy: not measured." in without and "GPU-seconds" not in without
+    data.attacks = [
+        {"attack": "relearning | 20 steps", "figure": "familiarity_completion", "before": 0.9, "after": 0.25}
+        | {"interval": [0.1, 0.4]},
+        {"attack": "quantised", "figure": "general_accuracy", "before": None, "after": 0.5},
+    ]
+    data.gpus, data.energy = 2, {"unlearn": 7200.0}
+    text = write_report(tmp_path / "with", data).read_text(encoding="utf-8")
+    assert "| relearning \\| 20 steps | familiarity completion | 0.900 | 0.250 (0.100–0.400) |" in text
+    assert "| quantised | general accuracy | – | 0.500 |" in text
+    assert "were not tried here" not in text
+    assert "| stage | time | GPU-seconds | energy |" in text
+    assert "| reinforce | 1 min 01 s | 122 | – |" in text
+    assert "| **total** | **1 h 07 min** | **8,123** | **2.00 Wh** |" in text
+
+
 def test_the_curve_draws_what_it_is_given(tmp_path, data):
     oracle = data.oracle.figures
-    full = figures.draw_curve(tmp_path / "full.png", data.curve, oracle).read_bytes()
-    assert figures.draw_curve(tmp_path / "again.png", data.curve[::-1], oracle).read_bytes() == full
+    full = curve_figures.draw_curve(tmp_path / "full.png", data.curve, oracle).read_bytes()
+    assert curve_figures.draw_curve(tmp_path / "again.png", data.curve[::-1], oracle).read_bytes() == full
     for name in FIGURES:  # each line and each dashed line is seen
-        fewer = figures.draw_curve(tmp_path / "a.png", data.curve, oracle | {name: None}).read_bytes()
+        fewer = curve_figures.draw_curve(tmp_path / "a.png", data.curve, oracle | {name: None}).read_bytes()
         curve = [point | {name: None} for point in data.curve]
-        none = figures.draw_curve(tmp_path / "b.png", curve, oracle | {name: None}).read_bytes()
+        none = curve_figures.draw_curve(tmp_path / "b.png", curve, oracle | {name: None}).read_bytes()
         assert len({full, fewer, none}) == 3
 
 
@@ -207,8 +254,8 @@ def test_a_report_with_nothing_but_the_figures(tmp_path):
     assert "**Is it gone?** Not measured." in text
     assert "**At what price?** Not measured." in text
     assert "| General accuracy | – | 0.500 | higher |" in text
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.json", "report.md"]
-    assert "\n## " in text and "## Settings" not in text and "## Time" not in text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.json", "report.html", "report.md"]
+    assert "\n## " in text and "## Settings" not in text and "## Cost" not in text
 
 
 @pytest.mark.parametrize(
@@ -248,7 +295,7 @@ def test_verdict(before, after, words):
     assert verdict(data) == words
 
 
-def test_the_most_telling_dozen_keeps_places_for_leaks(tmp_path, data):
+def test_the_most_telling_dozen_keeps_places_for_leaks(tmp_path, data, quick):
     data.before.completions = [completion(f"p{i:02d}", "x", 3, "x") for i in range(30)]
     data.after.completions = [completion(f"p{i:02d}", "y", 3 if i % 5 == 0 else 0) for i in range(30)]
     text = write_report(tmp_path, data).read_text(encoding="utf-8")
@@ -311,10 +358,12 @@ def test_the_page_breaks_lines_and_marks_spaces():
 
 
 def test_labels_beside_lines_keep_apart():
-    pyplot = figures._pyplot()
+    pyplot = figures.load_pyplot()
     figure, axes = pyplot.subplots()
     axes.set_ylim(0, 1)
-    figures._label_right(axes, [(y, str(y), "k", "bold") for y in (0.0, 0.01, 0.02, 0.98, 0.99, 1.0)], 0.1)
+    curve_figures._label_right(
+        axes, [(y, str(y), "k", "bold") for y in (0.0, 0.01, 0.02, 0.98, 0.99, 1.0)], 0.1
+    )
     places = [text.get_position()[1] for text in axes.texts]
     pyplot.close(figure)
     assert [text.get_text() for text in axes.texts] == ["0.0", "0.01", "0.02", "0.98", "0.99", "1.0"]

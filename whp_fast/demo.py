@@ -384,7 +384,7 @@ def _run_saga(options: argparse.Namespace) -> None:
     folder = run_job(job, overwrite=options.overwrite, earlier_seconds=seconds)
     say(
         f"[bold]done[/bold] in {time.monotonic() - began:.0f} s: model {folder}, report "
-        f"{out / 'report' / 'report.md'}"
+        f"{out / 'report' / 'report.html'}"
     )
 
 

@@ -44,60 +44,12 @@ STYLE = {
 }
 
 
-def draw_curve(
-    path: Path, curve: Sequence[dict[str, Any]], oracle: dict[str, Any] | None = None, note: str = ""
-) -> Path:
-    """The paper's main figure: what is forgotten (left) and what that costs (right), by step.
-
-    curve: ``{"step", "familiarity_completion", "familiarity_probability", "general_accuracy",
-    "general_perplexity"}`` for each step, values may be None or missing; the first entry is the model before.
-    oracle: the four figures of a model that never saw the target, drawn as dashed lines.
-    """
-    plt = _pyplot()
-    curve, oracle = sorted(curve, key=lambda point: point["step"]), oracle or {}
-    with plt.rc_context(STYLE):
-        figure = plt.figure(figsize=(10.5, 4.9), layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
-        grid = figure.add_gridspec(2, 2, width_ratios=(1.25, 1), wspace=0.06, hspace=0.08)
-        left = figure.add_subplot(grid[:, 0])
-        left.set_title("Familiarity with the target  (lower is better)")
-        lines = [
-            (kind, marker, colour, _series(curve, f"familiarity_{kind}"), oracle.get(f"familiarity_{kind}"))
-            for kind, marker, colour in (("completion", "o", VERMILION), ("probability", "s", BLUE))
-        ]
-        _draw_lines(left, lines, "{:.3f}", apart=0.048, from_zero=True, least_span=0.05)
-
-        accuracy = figure.add_subplot(grid[0, 1])
-        accuracy.set_title("General accuracy  (higher is better)")
-        points = _series(curve, "general_accuracy")
-        lines = [("", "o", GREEN, points, oracle.get("general_accuracy"))]
-        _draw_lines(accuracy, lines, "{:.3f}", apart=0.13, least_span=0.1)
-
-        price = figure.add_subplot(grid[1, 1])
-        price.set_title("General perplexity / before  (lower is better)")
-        points = _series(curve, "general_perplexity")
-        first, at_oracle = points[0][1] if points else None, oracle.get("general_perplexity")
-        ratio = at_oracle / first if first and at_oracle is not None else None
-        lines = [("", "o", PURPLE, [(x, y / first) for x, y in points], ratio)]
-        _draw_lines(price, lines, "{:.3f}", apart=0.13, least_span=0.1)
-
-        for axes in (left, price if points else accuracy):
-            axes.set_xlabel("step of the unlearning")
-        accuracy.tick_params(labelbottom=not points)
-        for axes in (left, accuracy, price):
-            if axes.lines:
-                axes.xaxis.get_major_locator().set_params(integer=True)
-        if note:
-            figure.supxlabel(note, fontsize=8.5, color=GREY, x=0.01, ha="left")
-        return _save(figure, path)
-
-
 def draw_next_tokens(path: Path, panels: Sequence[dict[str, Any]]) -> Path:
     """Next-token probabilities of several prompts, a panel each, with a bar per model.
 
     panels: ``{"prompt": str, "bars": [{"token": str, "before": p, "after": p, "oracle": p or None}]}``.
     """
-    plt = _pyplot()
+    plt = load_pyplot()
     models = [
         m for m in MODEL_COLOURS if any(bar.get(m) is not None for panel in panels for bar in panel["bars"])
     ]
@@ -118,7 +70,7 @@ def draw_next_tokens(path: Path, panels: Sequence[dict[str, Any]]) -> Path:
         figure.legend(
             handles, models, loc="outside upper left", ncols=len(models), frameon=False, fontsize=10
         )
-        return _save(figure, path)
+        return save_picture(figure, path)
 
 
 def draw_label_page(path: Path, page: Sequence[dict[str, Any]], max_lines: int = 22) -> Path:
@@ -128,7 +80,7 @@ def draw_label_page(path: Path, page: Sequence[dict[str, Any]], max_lines: int =
     one that takes this token's place, None where nothing is taught there, with the reason. A grey label
     is the text's own token, a coloured one replaces it, hatched boxes are not trained.
     """
-    plt = _pyplot()
+    plt = load_pyplot()
     from matplotlib.patches import FancyBboxPatch, Rectangle
 
     with plt.rc_context(STYLE):
@@ -175,7 +127,7 @@ def draw_label_page(path: Path, page: Sequence[dict[str, Any]], max_lines: int =
                 axes.text(
                     y=upper + 0.335, s=box.label, fontsize=LABEL_SIZE, color=colour, weight=weight, **centred
                 )
-        return _save(figure, path)
+        return save_picture(figure, path)
 
 
 @dataclass(frozen=True)
@@ -261,68 +213,6 @@ def _shown_token(token: str | None) -> str:
     return text if len(text) <= 24 else text[:23] + "…"
 
 
-def _draw_lines(
-    axes, lines, form: str, *, apart: float, from_zero: bool = False, least_span: float = 0.0
-) -> None:
-    """Lines of (name, marker, colour, [(x, y)], oracle's y or None), with names and last values beside them.
-
-    apart: least distance of two labels, as a share of the height.  least_span: what the y axis spans at
-    least, so that noise does not look like a change.
-    """
-    lines = [line for line in lines if line[3]]
-    if not lines:
-        axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", va="center", color=FAINT)
-        axes.set(xticks=[], yticks=[], xlabel="")
-        axes.spines[:].set_visible(False)
-        return
-    labels, values = [], []
-    for name, marker, colour, points, oracle in lines:
-        axes.plot(
-            *zip(*points, strict=True), color=colour, marker=marker, ms=4.5, lw=2, clip_on=False, zorder=3
-        )
-        labels.append((points[-1][1], f"{name} {form.format(points[-1][1])}".strip(), colour, "bold"))
-        values += [y for _, y in points]
-        if oracle is not None:
-            axes.axhline(oracle, color=colour, lw=1.2, ls=(0, (5, 3)), alpha=0.85, zorder=2)
-            labels.append((oracle, f"oracle {form.format(oracle)}", colour, "normal"))
-            values.append(oracle)
-    low, high = min(values), max(values)
-    if from_zero:
-        axes.set_ylim(0, max(high * 1.08, least_span))
-    else:
-        middle, half = (low + high) / 2, 0.62 * max(high - low, least_span)
-        axes.set_ylim(middle - half, middle + half)
-    axes.set_xlim(min(p[0][0] for *_, p, _ in lines), max(p[-1][0] for *_, p, _ in lines) or 1)
-    axes.grid(axis="y", color=RULE, lw=0.6)
-    axes.set_axisbelow(True)
-    axes.locator_params(axis="y", nbins=6)
-    _label_right(axes, labels, apart)
-
-
-def _label_right(axes, labels: Sequence[tuple[float, str, str, str]], apart: float) -> None:
-    """Labels of (y, text, colour, weight) to the right of the axes, each at its y but never over another."""
-    bottom, top = axes.get_ylim()
-    labels = sorted(labels)
-    wanted = [(y - bottom) / (top - bottom) for y, *_ in labels]
-    places = []
-    for place in wanted:  # from below, each at least `apart` above the one before
-        places.append(max(place, places[-1] + apart) if places else max(place, 0.0))
-    for i in reversed(range(len(places))):  # and back down where that has left the picture
-        places[i] = min(places[i], 1.0 if i == len(places) - 1 else places[i + 1] - apart)
-    for (_, text, colour, weight), place, at in zip(labels, places, wanted, strict=True):
-        axes.plot(
-            [1.0, 1.025, 1.045],
-            [at, place, place],
-            transform=axes.transAxes,
-            color=colour,
-            lw=0.7,
-            clip_on=False,
-        )
-        axes.text(
-            1.055, place, text, transform=axes.transAxes, color=colour, weight=weight, va="center", fontsize=9
-        )
-
-
 def _draw_bars(axes, panel: dict[str, Any], models: Sequence[str]) -> None:
     """One panel of `draw_next_tokens`: a group of bars for each token, the models from top to bottom."""
     import textwrap
@@ -354,11 +244,7 @@ def _shown_prompt(prompt: str, most: int = 110) -> str:
     return text if len(text) <= most else "…" + text[-most + 1 :]
 
 
-def _series(curve: Sequence[dict[str, Any]], name: str) -> list[tuple[float, float]]:
-    return [(point["step"], point[name]) for point in curve if point.get(name) is not None]
-
-
-def _pyplot():
+def load_pyplot():
     import matplotlib
 
     matplotlib.use("Agg")  # no display is needed or wanted
@@ -367,7 +253,7 @@ def _pyplot():
     return pyplot
 
 
-def _save(figure, path: Path) -> Path:
+def save_picture(figure, path: Path) -> Path:
     from matplotlib import pyplot
 
     with warnings.catch_warnings():

@@ -304,7 +304,7 @@ class Job:
             "seconds": earlier_seconds
         }
         stage = self._stage("report", depends, work)
-        self._told(stage, f"{stage.folder / 'report.md'}")
+        self._told(stage, f"{stage.folder / 'report.html'}")
         return stage
 
     # Parts of stages -----------------------------------------------------------------------------------

@@ -371,8 +371,8 @@ def test_values_of_the_softcap():
         student = (center + logits(2, 75, 3, 0.3)) * 10.0
         rows = Rows(student, labels=torch.tensor([4, 74]), rule=Rule(softcap=10.0))
         assert_agree(rows, RowTile(32, 4))
-    # a low cap: columns outside the row, at -cap instead of -inf, would weigh as much as others. Small logits:
-    # where tanh is 1 in float32 the highest columns would be equal.
+    # a low cap: columns outside the row, at -cap instead of -inf, would weigh as much as others.
+    # The logits are small: where tanh is 1 in float32 the highest columns would be equal.
     rows = rows_of("forward_kl", softcap=0.5)
     small = dataclasses.replace(
         rows, student=rows.student * 0.05, teachers=tuple(t * 0.05 for t in rows.teachers)
