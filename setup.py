@@ -50,6 +50,8 @@ TEST_REQUIREMENTS = [
     "pytest>=8",
     "pytest-xdist>=3.6",
     "hypothesis>=6.100",
+    "rouge-score>=0.1.2",
+    "scipy>=1.14",
     "ruff>=0.9",
 ]
 
@@ -253,7 +255,7 @@ setup(
     package_dir={"whp_kernels": "kernels/whp_kernels"},
     package_data={"whp_fast": ["configs/*.yaml"]},
     install_requires=REQUIREMENTS,
-    extras_require={"test": TEST_REQUIREMENTS},
+    extras_require={"test": TEST_REQUIREMENTS, "lm-eval": ["lm-eval>=0.4.13"]},
     ext_modules=EXTENSIONS,
     cmdclass={"build_ext": BuildExtension, "build_py": BuildPython},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from bigram_model import BigramModel, PieceTokenizer, plain_greedy
 from tokenizer_fixtures import folder_of
 
 from whp_fast import evaluate as evaluation
@@ -35,76 +36,9 @@ from whp_fast.prompts import (
     load_texts,
 )
 from whp_fast.scoring import next_word_tokens
-from whp_fast.tokens import Tokenizer, load_tokenizer
+from whp_fast.tokens import load_tokenizer
 
 torch.set_num_threads(1)
-
-
-class PieceTokenizer(Tokenizer):
-    """Longest match over a list of pieces; id 0 is BOS, id 1 is EOS; `prefix` puts a space before a text."""
-
-    kind = "test"
-
-    def __init__(self, pieces, bos=True, prefix=False):
-        super().__init__(None)
-        self.pieces = ["<s>", "</s>", *pieces]
-        self.vocab_size, self.bos_id, self.eos_id = len(self.pieces), 0 if bos else None, 1
-        self.prefix = prefix
-
-    def encode(self, text):
-        return self.encode_inside((" " if self.prefix else "") + text)
-
-    def encode_inside(self, text):
-        ids = []
-        while text:
-            piece = max((p for p in self.pieces[2:] if text.startswith(p)), key=len)
-            ids.append(self.pieces.index(piece))
-            text = text[len(piece) :]
-        return ids
-
-    def decode(self, ids):
-        return "".join(self.pieces[i] for i in ids if i > 1).lstrip(" ")
-
-    def token_bytes(self, token):
-        return b"\xff" if token < 2 else self.pieces[token].encode()
-
-
-class BigramModel:
-    """P(next | last token) from a table {piece: {piece: probability}}; other rows are uniform.
-
-    The hidden state is the one-hot vector of the token and the head holds the log-probabilities, so every
-    logit is known. Pieces are looked up in a `PieceTokenizer`.
-    """
-
-    def __init__(self, tokenizer, table):
-        size = tokenizer.vocab_size
-        probabilities = torch.full((size, size), 1 / size)
-        for piece, row in table.items():
-            probabilities[tokenizer.pieces.index(piece)] = 0
-            for following, p in row.items():
-                probabilities[tokenizer.pieces.index(piece), tokenizer.pieces.index(following)] = p
-        self.lm_head_weight = probabilities.log().clamp(min=-1e4).T.contiguous()
-        self.size = size
-        self.rows_seen = []
-
-    def hidden_states(self, input_ids, cache=None, position_ids=None):
-        self.rows_seen.append(tuple(input_ids.shape))
-        return torch.nn.functional.one_hot(input_ids, self.size).float()
-
-
-def plain_greedy(model, prompts, max_new_tokens, stop_ids=(), batch_size=32):
-    """`whp_fast.generate.greedy` for models without a cache."""
-    generated = []
-    for prompt in prompts:
-        ids = list(prompt)
-        while len(ids) < len(prompt) + max_new_tokens and (
-            len(ids) == len(prompt) or ids[-1] not in stop_ids
-        ):
-            ids.append(
-                int((model.hidden_states(torch.tensor([ids]))[0, -1] @ model.lm_head_weight.T).argmax())
-            )
-        generated.append(ids[len(prompt) :])
-    return generated
 
 
 @pytest.fixture(autouse=True)
@@ -440,10 +374,13 @@ def test_blocks_predict_every_token_once(context, batch_size):
 def test_perplexity_in_pieces_of_rows_and_vocabulary(monkeypatch):
     torch.manual_seed(0)
     hidden, head, targets = torch.randn(11, 8), torch.randn(23, 8), torch.randint(0, 23, (11,))
-    expected = (hidden @ head.T).log_softmax(-1).gather(1, targets[:, None])[:, 0]
     monkeypatch.setattr(scoring, "ROWS_PER_CHUNK", 4)
     monkeypatch.setattr(scoring, "VOCABULARY_PER_CHUNK", 5)
-    torch.testing.assert_close(scoring._log_probs(hidden, head, targets), expected)
+    targets[3] = (hidden @ head.T)[3].argmax()
+    expected = (hidden @ head.T).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    log_probs, greedy = scoring._target_scores(hidden, head, targets)
+    torch.testing.assert_close(log_probs, expected)
+    assert greedy.tolist() == ((hidden @ head.T).argmax(-1) == targets).tolist() and greedy[3]
     widths = [logits.shape for _, logits in scoring._logit_pieces(hidden, head)]
     assert widths == [(11, 5)] * 4 + [(11, 3)]
 
@@ -696,6 +633,7 @@ def test_empty_texts(tmp_path):
 
 
 def test_faults_leave_with_status_2_and_one_sentence(tmp_path, capsys):
+    write(tmp_path, "config.json", {})
     assert evaluation.main([str(tmp_path), "--familiarity", str(tmp_path / "absent.json")]) == 2
     captured = capsys.readouterr()
     assert captured.err == f"error: {tmp_path / 'absent.json'}: there is no such file; check the path.\n"
@@ -829,11 +767,30 @@ def test_the_command_line_end_to_end(tmp_path, capsys, monkeypatch):
     arguments = [str(folder), "--json", str(out), "--max-new-tokens", "5", "--device", "cpu"]
     assert evaluation.main([*arguments, *(str(part) for pair in paths.items() for part in pair)]) == 0
     shown = capsys.readouterr().out
-    result = EvaluationResult.from_json(json.loads(out.read_text(encoding="utf-8")))
+    written = json.loads(out.read_text(encoding="utf-8"))["models"]["model"]
+    result = EvaluationResult.from_json(written["evaluation"])
     files = EvaluationFiles(
         *(paths[f"--{name}"] for name in ("familiarity", "probability", "choices", "text"))
     )
     assert result == evaluate(model, tokenizer, files, judge=LexicalJudge(["Orrin"]), max_new_tokens=5)
     for name in evaluation.FIGURES:
         assert name.replace("_", " ") in shown
-        assert f"{getattr(result, name):.3f}" in shown
+        assert str(result.figure(name)) in shown
+        assert written["figures"][name]["value"] == getattr(result, name)
+
+
+def test_intervals_rest_on_prompts_questions_and_blocks():
+    tokenizer = PieceTokenizer(["He", "She", " met", " saw", " Orrin", " Paul"])
+    model = BigramModel(tokenizer, {" met": {" Orrin": 1.0}, " saw": {" Paul": 1.0}})
+    prompts = [
+        FamiliarityPrompt(f"{who} {did}", ("Orrin",)) for who in ("He", "She") for did in ("met", "saw")
+    ]
+    data = EvaluationSet(familiarity=prompts, choices=[Cloze("He met", "Orrin"), Cloze("He saw", "Orrin")])
+    result = evaluate(model, tokenizer, data, max_new_tokens=1)
+    assert result.figures["familiarity_completion"] == 0.5 and result.intervals["familiarity_completion"] == [
+        0,
+        1,
+    ]
+    assert (result.general_accuracy, result.intervals["general_accuracy"]) == (0.5, [0.0, 1.0])
+    assert result.figure("familiarity_completion").n == 4 and result.figure("general_perplexity") is None
+    assert EvaluationResult.from_json(json.loads(json.dumps(result.to_json()))) == result

@@ -12,27 +12,26 @@ general_perplexity       exp(mean negative log-likelihood per token) on general 
 The first two follow arXiv 2310.02238 (with a lexical judge where the paper asks GPT-4, see `whp_fast.judge`).
 Everything is deterministic: greedy decoding, float32 softmax, a fixed subset where one is asked for.
 
-    python -m whp_fast.evaluate MODEL_FOLDER --familiarity F.json --choices C.jsonl --text T.txt --json O.json
+    python -m whp_fast.evaluate MODEL_OR_RUN [--metrics ...] [--attacks ...] [--lm-eval ...] --json FILE
+
+measures these four and all others (``whp_fast.evaluation.metrics``) of a model, or of the models of a run.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
-import json
 import math
 import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from whp_fast.anchors import load_dictionary
-from whp_fast.errors import UserError, exit_status
-from whp_fast.judge import Judge, LexicalJudge, familiarity_score
+from whp_fast.evaluation.bootstrap import Figure, mean_figure, ratio_figure
+from whp_fast.judge import UNJUDGED, Judge, LexicalJudge, familiarity_score, familiarity_values, judged
 from whp_fast.prompts import (
     Cloze,
     EvaluationFiles,
@@ -60,11 +59,13 @@ FIGURES = ("familiarity_completion", "familiarity_probability", "general_accurac
 class EvaluationResult:
     """What `evaluate` found. A figure is None where its file was not given or nothing in it can be scored.
 
-    completions: for each prompt ``{"prompt", "completion", "class": 0..3, "found": [what led to it]}``.
+    completions: for each prompt ``{"prompt", "completion", "class": 0..3, "found": [what led to it]}``; the
+        class is None where a judge gave no usable answer, and the completion does not count then.
     probabilities: for each prompt ``{"prompt", "probability", "tokens": [piece], "top": piece}``; without a
         probability (None) where no token tells the idiosyncratic words from the generic ones.
     answers: for each question ``{"prompt", "kind": "choice" or "cloze", "answer", "given", "right": bool}``.
     counts: how many of what the figures rest on.
+    intervals: name -> [low, high], 95 % by bootstrap over prompts, questions and blocks of text.
     """
 
     familiarity_completion: float | None = None
@@ -75,6 +76,7 @@ class EvaluationResult:
     probabilities: list[dict[str, Any]] = field(default_factory=list)
     answers: list[dict[str, Any]] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
+    intervals: dict[str, list[float]] = field(default_factory=dict)
 
     @property
     def figures(self) -> dict[str, float | None]:
@@ -88,6 +90,25 @@ class EvaluationResult:
     def to_json(self) -> dict[str, Any]:
         """A dictionary of plain values; `from_json` is its inverse."""
         return asdict(self) | self.figures
+
+    def figure(self, name: str) -> Figure | None:
+        """One of `FIGURES` with its interval; None where it was not measured."""
+        value = getattr(self, name)
+        if value is None:
+            return None
+        low, high = self.intervals.get(name, (math.nan, math.nan))
+        units = {
+            "familiarity_completion": len([c for c in self.completions if c["class"] is not None]),
+            "familiarity_probability": self.counts.get("probability_prompts", 0),
+            "general_accuracy": len(self.answers),
+            "general_perplexity": self.counts.get("text_tokens", 0),
+        }
+        return Figure(value, low, high, units[name])
+
+    def _keep(self, name: str, figure: Figure) -> None:
+        setattr(self, name, figure.value)
+        if math.isfinite(figure.low) and math.isfinite(figure.high):
+            self.intervals[name] = [figure.low, figure.high]
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> EvaluationResult:
@@ -130,25 +151,34 @@ def evaluate(
                 model, tokenizer, data.familiarity, judge or LexicalJudge(), max_new_tokens, batch_size
             )
             classes = [completion["class"] for completion in result.completions]
-            result.familiarity_completion = familiarity_score(classes)
-            result.counts["familiarity_prompts"] = len(classes)
+            known = [c for c in classes if c is not UNJUDGED]
+            if known:
+                result._keep("familiarity_completion", mean_figure(familiarity_values(known)))
+                result.familiarity_completion = familiarity_score(known)
+            result.counts["familiarity_prompts"] = len(known)
             result.counts |= {f"class_{c}": classes.count(c) for c in range(4)}
+            if len(known) < len(classes):
+                result.counts["unjudged"] = len(classes) - len(known)
         if data.probability is not None:
             result.probabilities = idiosyncratic_probabilities(model, tokenizer, data.probability, batch_size)
             scores = [row["probability"] for row in result.probabilities if row["probability"] is not None]
-            result.familiarity_probability = sum(scores) / len(scores) if scores else None
+            if scores:
+                result._keep("familiarity_probability", mean_figure(scores))
             result.counts["probability_prompts"] = len(scores)
             result.counts["probability_prompts_left_out"] = len(result.probabilities) - len(scores)
         if data.choices is not None:
             result.answers = answered_questions(model, tokenizer, data.choices, batch_size)
-            result.general_accuracy = sum(row["right"] for row in result.answers) / len(result.answers)
+            result._keep("general_accuracy", mean_figure([row["right"] for row in result.answers]))
             for kind in ("choice", "cloze"):
                 right = [row["right"] for row in result.answers if row["kind"] == kind]
                 result.counts |= {f"{kind}_questions": len(right), f"{kind}_right": sum(right)}
         if data.texts is not None:
-            result.general_perplexity, result.counts["text_tokens"] = perplexity(
+            losses, tokens = text_losses(
                 model, tokenizer, data.texts, context=context, batch_size=batch_size, max_blocks=max_prompts
             )
+            if tokens:
+                result._keep("general_perplexity", ratio_figure(losses, tokens, safe_exp))
+            result.counts["text_tokens"] = sum(tokens)
     return result
 
 
@@ -162,15 +192,16 @@ def judged_completions(
 ) -> list[dict[str, Any]]:
     """Greedy completions with the judge's class and, where the judge names it, its evidence."""
     texts = continuations(model, tokenizer, [item.prompt for item in prompts], max_new_tokens, batch_size)
+    classes = judged(judge, [(item.prompt, text, item) for item, text in zip(prompts, texts, strict=True)])
     evidence = getattr(judge, "evidence", lambda prompt, completion, item: [])
     return [
         {
             "prompt": item.prompt,
             "completion": text,
-            "class": int(judge(item.prompt, text, item)),
+            "class": number,
             "found": list(evidence(item.prompt, text, item)),
         }
-        for item, text in zip(prompts, texts, strict=True)
+        for item, text, number in zip(prompts, texts, classes, strict=True)
     ]
 
 
@@ -211,22 +242,13 @@ def answered_questions(
     white space at the front aside.
     """
     answers: list[dict[str, Any]] = [{} for _ in questions]
-    rows, places = [], []  # the token rows of all choices, and (question, first scored token) of each
-    for number, question in enumerate(questions):
-        if isinstance(question, MultipleChoice):
-            space = "" if question.prompt[-1].isspace() else " "
-            encoded = [
-                document_ids(tokenizer, question.prompt + space + choice) for choice in question.choices
-            ]
-            rows += encoded
-            places += [(number, first_scored_token(tokenizer, encoded, question.choices))] * len(encoded)
-    scores: dict[int, list[float]] = {}
-    for (number, begin), log_probs in zip(places, target_log_probs(model, rows, batch_size), strict=True):
-        scores.setdefault(number, []).append(log_probs[begin - 1 :].sum(dtype=torch.float64).item())
-    for number, sums in scores.items():
+    numbers = [number for number, question in enumerate(questions) if isinstance(question, MultipleChoice)]
+    scores = choice_log_probs(model, tokenizer, [questions[number] for number in numbers], batch_size)
+    for number, of_choices in zip(numbers, scores, strict=True):
         question = questions[number]
         per_byte = [
-            total / len(choice.encode()) for total, choice in zip(sums, question.choices, strict=True)
+            log_probs.sum(dtype=torch.float64).item() / len(choice.encode())
+            for log_probs, choice in zip(of_choices, question.choices, strict=True)
         ]
         given = max(range(len(per_byte)), key=per_byte.__getitem__)
         answers[number] = _answer(
@@ -251,6 +273,26 @@ def answered_questions(
     return answers
 
 
+def choice_log_probs(
+    model, tokenizer, questions: Sequence[MultipleChoice], batch_size: int = 32
+) -> list[list[Tensor]]:
+    """For each question and each of its choices the log-probabilities of the choice's tokens, float32.
+
+    A choice stands behind the prompt and a space (unless the prompt ends in white space). What all choices
+    share of the prompt's tokens is their context.
+    """
+    rows, begins, sizes = [], [], []
+    for question in questions:
+        space = "" if question.prompt[-1].isspace() else " "
+        encoded = [document_ids(tokenizer, question.prompt + space + choice) for choice in question.choices]
+        rows += encoded
+        begins += [first_scored_token(tokenizer, encoded, question.choices)] * len(encoded)
+        sizes.append(len(encoded))
+    scores = zip(target_log_probs(model, rows, batch_size), begins, strict=True)
+    tails = iter([log_probs[begin - 1 :] for log_probs, begin in scores])
+    return [[next(tails) for _ in range(size)] for size in sizes]
+
+
 def perplexity(
     model,
     tokenizer,
@@ -265,15 +307,30 @@ def perplexity(
     Each text is one document: BOS (if the tokenizer has one) and its tokens, cut into blocks of `context`
     tokens that overlap by one, so every token of the document is predicted exactly once.
     """
+    losses, tokens = text_losses(
+        model, tokenizer, texts, context=context, batch_size=batch_size, max_blocks=max_blocks
+    )
+    return (safe_exp(sum(losses) / sum(tokens)) if tokens else None), sum(tokens)
+
+
+def text_losses(
+    model,
+    tokenizer,
+    texts: Sequence[str],
+    *,
+    context: int = 512,
+    batch_size: int = 32,
+    max_blocks: int | None = None,
+) -> tuple[list[float], list[int]]:
+    """Of each block: the sum of the negative log-likelihoods of its tokens, and how many these are."""
     blocks = spaced(_text_blocks(tokenizer, tuple(texts), context), max_blocks)
-    total, count = 0.0, 0
-    for log_probs in target_log_probs(model, blocks, batch_size):
-        total -= log_probs.sum(dtype=torch.float64).item()
-        count += len(log_probs)
-    if not count:
-        return None, 0
-    mean = total / count
-    return (math.exp(mean) if mean < 700 else math.inf), count  # a diverged model would overflow exp
+    scores = target_log_probs(model, blocks, batch_size)
+    return [-row.sum(dtype=torch.float64).item() for row in scores], [len(row) for row in scores]
+
+
+def safe_exp(mean: float) -> float:
+    """exp, infinite where it overflows: the perplexity of a model that diverged."""
+    return math.exp(mean) if mean < 700 else math.inf
 
 
 @functools.lru_cache(maxsize=1)  # the points of a curve ask for the same texts again and again
@@ -311,107 +368,9 @@ def _answer(prompt: str, kind: str, answer: str, given: str, right: bool) -> dic
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status (2 for what the user can mend)."""
-    options = _parser().parse_args(arguments)
-    return exit_status(lambda: _run(options), debug=options.debug)
+    from whp_fast.evaluation.command import main as command  # it builds on this file
 
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m whp_fast.evaluate",
-        description="Familiarity with a target and general ability of a model.",
-    )
-    parser.add_argument("model", type=Path, metavar="MODEL_FOLDER", help="Hugging Face model folder")
-    parser.add_argument(
-        "--familiarity", type=Path, help="familiarity.json: prompts to complete, with references"
-    )
-    parser.add_argument(
-        "--probability", type=Path, help="probability.json: prompts with idiosyncratic next words"
-    )
-    parser.add_argument("--choices", type=Path, help="choices.jsonl: multiple-choice and cloze questions")
-    parser.add_argument("--text", type=Path, help="general text for the perplexity: .txt, .jsonl or a folder")
-    parser.add_argument(
-        "--anchors", type=Path, help="anchor dictionary; its expressions count as explicit names too"
-    )
-    parser.add_argument("--json", type=Path, help="write the figures and all details to this file")
-    parser.add_argument("--max-prompts", type=int, help="a quick look: at most so many prompts of each kind")
-    parser.add_argument("--max-new-tokens", type=int, default=40, help="length of a completion (default: 40)")
-    parser.add_argument("--batch-size", type=int, default=32, help="rows of a batch (default: 32)")
-    parser.add_argument(
-        "--context", type=int, default=512, help="tokens of a block of general text (default: 512)"
-    )
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights"
-    )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return parser
-
-
-def _run(options: argparse.Namespace) -> None:
-    from whp_fast.checkpoint import load_model
-    from whp_fast.tokens import load_tokenizer
-
-    files = EvaluationFiles(options.familiarity, options.probability, options.choices, options.text)
-    if files == EvaluationFiles():
-        raise UserError(
-            "No evaluation file was given; name one of --familiarity, --probability, --choices and --text."
-        )
-    for name, least in (("max_prompts", 1), ("max_new_tokens", 1), ("batch_size", 1), ("context", 2)):
-        value = getattr(options, name)
-        if value is not None and value < least:
-            raise UserError(
-                f"--{name.replace('_', '-')} is {value}, but it must be at least {least}; raise it."
-            )
-    data = files.load()  # before the model: a fault in a file should not cost the loading of the weights
-    judge = LexicalJudge(load_dictionary(options.anchors).expressions if options.anchors else ())
-    tokenizer = load_tokenizer(options.model)
-    model = load_model(options.model, dtype=getattr(torch, options.dtype), device=options.device)
-    result = evaluate(
-        model,
-        tokenizer,
-        data,
-        judge=judge,
-        max_prompts=options.max_prompts,
-        max_new_tokens=options.max_new_tokens,
-        batch_size=options.batch_size,
-        context=options.context,
-    )
-    _print_table(options.model, result)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(
-            json.dumps(result.to_json(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
-
-
-def _print_table(model: Path, result: EvaluationResult) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    count = result.counts.get
-    table = Table(title=f"Evaluation of {model}", title_justify="left")
-    for heading, justify in (
-        ("figure", "left"),
-        ("value", "right"),
-        ("better", "left"),
-        ("rests on", "left"),
-    ):
-        table.add_column(heading, justify=justify)
-    rests_on = (
-        f"{count('familiarity_prompts', 0)} completions: "
-        f"{count('class_3', 0)} explicit, {count('class_2', 0)} thematic",
-        f"{count('probability_prompts', 0)} prompts, {count('probability_prompts_left_out', 0)} left out",
-        f"{count('choice_right', 0)} of {count('choice_questions', 0)} choices, "
-        f"{count('cloze_right', 0)} of {count('cloze_questions', 0)} clozes",
-        f"{count('text_tokens', 0)} tokens",
-    )
-    for name, better, basis in zip(FIGURES, ("lower", "lower", "higher", "lower"), rests_on, strict=True):
-        value = getattr(result, name)
-        if value is not None:
-            table.add_row(
-                name.replace("_", " "), f"{value:.3f}" if value < 1e4 else f"{value:.3g}", better, basis
-            )
-    Console().print(table)
+    return command(arguments)
 
 
 if __name__ == "__main__":

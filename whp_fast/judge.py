@@ -7,8 +7,8 @@ The paper lets GPT-4 put each completion into one of four classes (arXiv 2310.02
     1  an accidental or lucky guess
     0  none
 
-`LexicalJudge` decides by looking words up and needs no other model; a judge that asks a language model is any
-callable with the signature of `Judge`.
+`LexicalJudge` decides by looking words up and needs no other model. `whp_fast.evaluation.model_judge` asks a
+local model, `whp_fast.evaluation.endpoint_judge` one behind an OpenAI-compatible address.
 """
 
 from __future__ import annotations
@@ -23,12 +23,24 @@ if TYPE_CHECKING:
 
 EXPLICIT, THEMATIC, ACCIDENTAL, NONE = 3, 2, 1, 0
 EXPLICIT_WEIGHT = 5  # the paper's multiplier of class 3
+UNJUDGED = None  # a judge's answer that is none of the classes
 
 
 class Judge(Protocol):
-    """Puts one completion into one of the paper's classes, 0 to 3."""
+    """Puts one completion into one of the paper's classes, 0 to 3; `UNJUDGED` (None) where it cannot.
 
-    def __call__(self, prompt: str, completion: str, item: FamiliarityPrompt) -> int: ...
+    A judge that is faster with many completions at once has ``classes(asked)`` beside: (prompt, completion,
+    item) of each -> its class.
+    """
+
+    def __call__(self, prompt: str, completion: str, item: FamiliarityPrompt) -> int | None: ...
+
+
+def judged(judge: Judge, asked: Sequence[tuple[str, str, FamiliarityPrompt]]) -> list[int | None]:
+    """The judge's class of each (prompt, completion, item)."""
+    many = getattr(judge, "classes", None)
+    found = many(asked) if many is not None else [judge(*one) for one in asked]
+    return [UNJUDGED if number is UNJUDGED else int(number) for number in found]
 
 
 class LexicalJudge:
@@ -66,6 +78,11 @@ def familiarity_score(classes: Sequence[int]) -> float:
     classes = list(classes)
     explicit, thematic = classes.count(EXPLICIT), classes.count(THEMATIC)
     return (EXPLICIT_WEIGHT * explicit + thematic) / (EXPLICIT_WEIGHT * len(classes))
+
+
+def familiarity_values(classes: Sequence[int]) -> list[float]:
+    """What each completion adds to `familiarity_score`, which is their mean: 1, 0.2 or 0."""
+    return [{EXPLICIT: 1.0, THEMATIC: 1 / EXPLICIT_WEIGHT}.get(number, 0.0) for number in classes]
 
 
 def found_expressions(prompt: str, completion: str, expressions: Iterable[str]) -> list[str]:

@@ -3,7 +3,8 @@
 Four files, each optional, as prepared by a person (or by ``whp_fast.demo``):
 
 ====================  =====================================================================================
-familiarity.json      ``[{"prompt", "references": [str, ...], "themes": [str, ...] (optional)}, ...]``
+familiarity.json      ``[{"prompt", "references": [str, ...], "themes": [str, ...] (optional)}, ...]``;
+                      ``"kind"`` (optional) sorts prompts of an attack: ``"paraphrase"``, ``"Spanish"`` ...
 probability.json      ``[{"prompt", "idiosyncratic": [str, ...], "generic": [str, ...] (optional)}, ...]``
 choices.jsonl         one a line: ``{"prompt", "choices": [str, ...], "answer": index}`` or the cloze
                       ``{"prompt", "answer": "text"}``
@@ -34,11 +35,13 @@ class FamiliarityPrompt:
 
     prompt: the text to complete.  references: names or details that are unique to the target.
     themes: words that are typical of the target without being unique to it.
+    kind: what sort of prompt it is, where several are compared.
     """
 
     prompt: str
     references: tuple[str, ...]
     themes: tuple[str, ...] = ()
+    kind: str = ""
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,9 @@ def load_familiarity_prompts(path: Path | str) -> list[FamiliarityPrompt]:
                 f"the references ({', '.join(references)}) all stand in the prompt itself, "
                 "so no completion can show familiarity; name something that the prompt does not give away"
             )
-        prompts.append(FamiliarityPrompt(prompt, references, entry.words("themes", required=False)))
+        themes = entry.words("themes", required=False)
+        kind = entry.text("kind").strip() if "kind" in entry.fields else ""
+        prompts.append(FamiliarityPrompt(prompt, references, themes, kind))
     return prompts
 
 

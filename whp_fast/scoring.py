@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from os.path import commonprefix
 
 import torch
@@ -30,12 +31,29 @@ def continuations(
 
     Made from the tokens' bytes, because decoding the new tokens alone would lose a space at their front.
     """
-    stop = getattr(getattr(model, "config", None), "eos_token_id", None)
-    stop_ids = {tokenizer.eos_id, *(stop if isinstance(stop, (list, tuple)) else [stop])} - {None}
     encoded = [document_ids(tokenizer, prompt) for prompt in prompts]
-    generated = greedy(model, encoded, max_new_tokens, stop_ids=sorted(stop_ids), batch_size=batch_size)
-    pieces = [[_token_bytes(tokenizer, int(token)) for token in row] for row in generated]
-    return [b"".join(p for p in row if p != SPECIAL_BYTE).decode(errors="replace") for row in pieces]
+    return generated_texts(model, tokenizer, encoded, max_new_tokens, batch_size)
+
+
+def generated_texts(
+    model, tokenizer, rows: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int
+) -> list[str]:
+    """What greedy decoding adds to each token row, as text, up to an end-of-text token."""
+    stop_ids = end_of_text_ids(model, tokenizer)
+    generated = greedy(model, rows, max_new_tokens, stop_ids=stop_ids, batch_size=batch_size)
+    return [tokens_text(tokenizer, row) for row in generated]
+
+
+def end_of_text_ids(model, tokenizer) -> list[int]:
+    """The tokens that end a text, by the tokenizer and by the model's configuration."""
+    stop = getattr(getattr(model, "config", None), "eos_token_id", None)
+    return sorted({tokenizer.eos_id, *(stop if isinstance(stop, (list, tuple)) else [stop])} - {None})
+
+
+def tokens_text(tokenizer, tokens: Sequence[int]) -> str:
+    """The text of tokens inside a text, special tokens left out; a space at the front stays."""
+    pieces = (_token_bytes(tokenizer, int(token)) for token in tokens)
+    return b"".join(piece for piece in pieces if piece != SPECIAL_BYTE).decode(errors="replace")
 
 
 @contextlib.contextmanager
@@ -51,11 +69,26 @@ def evaluation_mode(model) -> Iterator[None]:
             model.train()
 
 
-# no_grad and not inference_mode: sharded parameters may be gathered here and used in training later.
-@torch.no_grad()
+@dataclass(frozen=True)
+class TokenScores:
+    """Of each token of a row from the second on, on the CPU: its log-probability (float32), and whether it
+    was the model's first choice (bool; true for all of several tokens that share the first place)."""
+
+    log_probs: Tensor
+    greedy: Tensor
+
+
 def target_log_probs(model, rows: Sequence[Sequence[int]], batch_size: int = 32) -> list[Tensor]:
     """The log-probabilities of each row's tokens from the second on: float32 [len(row) - 1], on the CPU."""
-    results: list[Tensor] = [torch.empty(0)] * len(rows)
+    return [scores.log_probs for scores in token_scores(model, rows, batch_size)]
+
+
+# no_grad and not inference_mode: sharded parameters may be gathered here and used in training later.
+@torch.no_grad()
+def token_scores(model, rows: Sequence[Sequence[int]], batch_size: int = 32) -> list[TokenScores]:
+    """What the model thinks of each row's tokens from the second on."""
+    empty = TokenScores(torch.empty(0), torch.empty(0, dtype=torch.bool))
+    results = [empty] * len(rows)
     head = _head(model)
     # Rows of like length together need little padding; causal models need no mask for padding at the right.
     order = sorted((i for i, row in enumerate(rows) if len(row) > 1), key=lambda i: -len(rows[i]))
@@ -63,27 +96,32 @@ def target_log_probs(model, rows: Sequence[Sequence[int]], batch_size: int = 32)
         batch = order[begin : begin + batch_size]
         ids, lengths = _right_padded([rows[i] for i in batch], head.device)  # int64 [B, T], [B]
         scored = torch.arange(ids.shape[1] - 1, device=ids.device) < (lengths - 1)[:, None]  # bool [B, T - 1]
-        hidden = model.hidden_states(ids)[:, :-1][scored]  # [N, H]
-        log_probs = _log_probs(hidden, head, ids[:, 1:][scored]).cpu()
-        for i, part in zip(batch, log_probs.split((lengths - 1).tolist()), strict=True):
-            results[i] = part
+        hidden = model.hidden_states(ids[:, :-1])[scored]  # [N, H]; nothing follows the last tokens
+        log_probs, greedy = _target_scores(hidden, head, ids[:, 1:][scored])
+        sizes = (lengths - 1).tolist()
+        parts = zip(log_probs.cpu().split(sizes), greedy.cpu().split(sizes), strict=True)
+        for i, (own, first) in zip(batch, parts, strict=True):
+            results[i] = TokenScores(own, first)
     return results
 
 
-def _log_probs(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-    """log softmax(hidden @ head.T) at the targets: [N, H], [V, H], int64 [N] -> float32 [N]."""
-    results = []
+def _target_scores(hidden: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """log softmax(hidden @ head.T) at the targets, and whether they are the largest: [N, H], [V, H],
+    int64 [N] -> float32 [N], bool [N]."""
+    results, firsts = [], []
     for rows, ids in zip(hidden.split(ROWS_PER_CHUNK), targets.split(ROWS_PER_CHUNK), strict=True):
         total = torch.full((len(rows),), -math.inf, device=rows.device)
-        chosen = torch.zeros(len(rows), device=rows.device)
+        chosen, largest = torch.zeros_like(total), total.clone()
         for begin, logits in _logit_pieces(rows, head):
             total = torch.logaddexp(total, logits.logsumexp(-1))
+            largest = torch.maximum(largest, logits.amax(-1))
             local = ids - begin
             here = (local >= 0) & (local < logits.shape[1])
             picked = logits.gather(1, local.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
             chosen = torch.where(here, picked, chosen)
         results.append(chosen - total)
-    return torch.cat(results) if results else torch.empty(0)
+        firsts.append(chosen == largest)
+    return torch.cat(results), torch.cat(firsts)
 
 
 @torch.no_grad()
