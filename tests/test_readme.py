@@ -50,8 +50,9 @@ def test_command_is_understood(command, tmp_path):
         if options:
             assert parse_config(options).model.path
     else:
-        if module.__name__ == "whp_fast.anchors":
-            module = importlib.import_module("whp_fast.extraction.command")
+        elsewhere = {"whp_fast.anchors": "extraction", "whp_fast.evaluate": "evaluation"}
+        if module.__name__ in elsewhere:
+            module = importlib.import_module(f"whp_fast.{elsewhere[module.__name__]}.command")
         flags = set(re.findall(r'"(--[\w-]+)"', inspect.getsource(module)))
         assert {o for o in options if o.startswith("--")} <= flags, command
 
