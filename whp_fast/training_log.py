@@ -45,11 +45,11 @@ class TrainingLog:
 
     def __enter__(self) -> TrainingLog:
         with contextlib.ExitStack() as stack:
+            if self._tensorboard is not None:  # first: its imports may swallow a Ctrl-C
+                self._events = stack.enter_context(summary_writer()(self._tensorboard))
             if self._file is not None:
                 self._lines = stack.enter_context(open(self._file, "w", encoding="utf-8"))
                 self._lines.writelines(json.dumps(record) + "\n" for record in self.records)
-            if self._tensorboard is not None:
-                self._events = stack.enter_context(summary_writer()(self._tensorboard))
             self._advance = stack.enter_context(track(self._title, self._n_steps))
             self._advance(len(self.records))
             self._stack = stack.pop_all()
