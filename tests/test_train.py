@@ -456,7 +456,12 @@ def test_an_interrupt_keeps_finished_stages_and_says_so(finished, tmp_path, monk
     shutil.copytree(finished / "world", tmp_path / "world")
     monkeypatch.chdir(tmp_path)
     words = [sys.executable, "-m", "whp_fast.train", *arguments(reinforce__steps=1_000_000)]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=one_thread()) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": one_thread()}
+
+    def listen() -> None:  # a shell's background job, and its children, would not hear it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(words, preexec_fn=listen, **pipes) as process:
         try:
             log = Path("run/.reinforce.partial/log.jsonl")
             deadline = time.monotonic() + 120
