@@ -40,7 +40,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,7 +52,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from benchmarks.loss import _commit, _processor
+from benchmarks.header import commit, now, processor
 from benchmarks.loss_measure import _reset_resident, _status
 from whp_fast.config import TrainConfig
 from whp_fast.corpus import Blocks
@@ -493,13 +492,13 @@ def header(options: argparse.Namespace, arguments: Sequence[str], world: World) 
     packages = ("torch", "transformers", "accelerate", "whp_fast")
     versions = {name: importlib.metadata.version(name) for name in packages}
     return {
-        "device": _processor(),
+        "device": processor(),
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version()} | versions,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "command": " ".join(["python -m benchmarks.engine", *arguments]),
-        "commit": _commit(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "date": now(),
         "sizes": dataclasses.asdict(world.sizes),
         "parameters": sum(p.numel() for p in world.model.parameters()),
         "tokens_a_step": world.sizes.tokens,

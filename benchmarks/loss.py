@@ -19,10 +19,8 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 from collections.abc import Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +32,7 @@ from rich.console import Console
 from rich.table import Table
 from whp_kernels import backends
 
+from benchmarks.header import commit, now, processor
 from benchmarks.loss_cases import ALPHA, OPS, SEED, Op, Sizes, make_inputs
 from benchmarks.loss_checks import requirements
 from benchmarks.loss_implementations import Choices, Implementation, LeftOut, implementations
@@ -224,7 +223,7 @@ def grouped(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 def header(options: argparse.Namespace, arguments: Sequence[str], bandwidth: float) -> dict[str, Any]:
     """Where, when and with what the figures were measured."""
     packages = ("torch", "triton", "whp_fast", "liger-kernel", "cut-cross-entropy")
-    device = torch.cuda.get_device_name() if options.device == "cuda" else _processor()
+    device = torch.cuda.get_device_name() if options.device == "cuda" else processor()
     return {
         "device": device,
         "threads": torch.get_num_threads() if options.device == "cpu" else None,
@@ -233,8 +232,8 @@ def header(options: argparse.Namespace, arguments: Sequence[str], bandwidth: flo
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "backends": backends(),
         "command": " ".join(["python -m benchmarks.loss", *arguments]),
-        "commit": _commit(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "date": now(),
         "copy_gb_per_s": round(bandwidth, 1),
         "alpha": ALPHA,
         "seed": SEED,
@@ -246,23 +245,6 @@ def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
-
-
-def _commit() -> str | None:
-    folder = Path(__file__).resolve().parent
-    try:
-        command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-        return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
         return None
 
 

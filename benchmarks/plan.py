@@ -13,7 +13,6 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.header import now
 from whp_fast import adapters
 from whp_fast.config import MemoryConfig, TrainConfig
 from whp_fast.corpus import Blocks
@@ -141,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "command": "python -m benchmarks.plan "
             + " ".join(sys.argv[1:] if arguments is None else arguments),
             "torch": torch.__version__,
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "date": now(),
         }
         options.json.write_text(json.dumps({"header": header, "rows": rows}, indent=1) + "\n")
     off = [row for row in rows if abs(row["planned_mb"] / row["measured_mb"] - 1) > ALLOWED]

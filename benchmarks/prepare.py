@@ -24,6 +24,7 @@ os.environ.setdefault("RAYON_NUM_THREADS", "1")  # the tokenizers library; sente
 
 import numpy as np
 
+from benchmarks.header import processor
 from whp_fast.alignment import Aligner
 from whp_fast.anchors import load_dictionary
 from whp_fast.corpus import Blocks, TokenWriter, tokenise_corpus
@@ -144,7 +145,7 @@ def main() -> None:
     row = {"corpus": name} | measure(text, anchors, tokenizer, int(options.tokens * 1e6))
     memory = {copies: round(peak_memory(copies), 1) for copies in (20, 200)}
     result = {
-        "machine": {"processor": _processor(), "python": platform.python_version(), "numpy": np.__version__},
+        "machine": {"processor": processor(), "python": platform.python_version(), "numpy": np.__version__},
         "command": " ".join(["python -m benchmarks.prepare", *sys.argv[1:]]),
         "rows": [row],
         "peak_mib_by_copies_of_the_saga": memory,
@@ -153,14 +154,6 @@ def main() -> None:
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(result, indent=1) + "\n")
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +28,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.loss import _commit, _processor
+from benchmarks.header import commit, now, processor
 from whp_fast.alignment import Alignment
 from whp_fast.checkpoint import save_model
 from whp_fast.config import MemoryConfig, TrainConfig
@@ -394,11 +393,11 @@ def _header(run: Run, arguments: Sequence[str] | None) -> dict:
 
     words = sys.argv[1:] if arguments is None else arguments
     return {
-        "device": torch.cuda.get_device_name() if run.cuda else _processor(),
+        "device": torch.cuda.get_device_name() if run.cuda else processor(),
         "versions": {"torch": torch.__version__, "triton": triton.__version__},
         "command": " ".join(["python -m benchmarks.seven_b", *words]),
-        "commit": _commit(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "date": now(),
     }
 
 

@@ -21,7 +21,6 @@ import json
 import platform
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +30,7 @@ from rich.table import Table
 from torch import Tensor
 from whp_kernels.optim import AdamW
 
-from benchmarks.prepare import _processor
+from benchmarks.header import now, processor
 
 BETAS, EPS = (0.9, 0.95), 1e-8
 RUNS = ((1e-6, 120), (3e-6, 72))  # learning rate, steps
@@ -249,10 +248,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = measure(SHAPE, RUNS)
     given = sys.argv[1:] if arguments is None else list(arguments)
     header = {
-        "device": _processor(),
+        "device": processor(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "command": " ".join(["python -m benchmarks.small_updates", *given]),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": now(),
         "shape": list(SHAPE),
         "betas": list(BETAS),
         "noise": NOISE,

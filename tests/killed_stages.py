@@ -23,6 +23,7 @@ from tiny_world import STAGES
 from torch.utils.tensorboard import SummaryWriter  # noqa: F401  slow to load
 
 from whp_fast import artifacts, figures, inputs, job, train
+from whp_fast.label import make_aligner
 
 TRIES = 6  # starts for each kill that is wanted: some stages are over before they are killed
 
@@ -149,7 +150,7 @@ def main(wanted: int, run: str, whole: str, *words: str) -> None:
     words = list(words)
     train.parse_config(words)
     inputs.load_model("world/base", device="meta")
-    job.make_aligner(inputs.load_dictionary("world/anchors.json"), inputs.load_tokenizer("world/base"))
+    make_aligner(inputs.load_dictionary("world/anchors.json"), inputs.load_tokenizer("world/base"))
     found = {}
     for stage in STAGES:
         # what is not disturbed has the same duration only if it is measured as the killed ones are

@@ -387,12 +387,12 @@ KILLS = [
 KILLED_RUNS = """
 import functools, importlib, json, os, signal, sys
 import torch
-from whp_fast import inputs, job, train
+from whp_fast import inputs, job, label, train
 torch.set_num_threads(1)
 kills, words = json.loads(sys.argv[1]), sys.argv[2:]
 train.parse_config(words)
 inputs.load_model("world/base", device="meta")
-job.make_aligner(inputs.load_dictionary("world/anchors.json"), inputs.load_tokenizer("world/base"))
+label.make_aligner(inputs.load_dictionary("world/anchors.json"), inputs.load_tokenizer("world/base"))
 job.write_report = lambda folder, data: None
 
 def one(module=None, path=None, call=0, stage=None):

@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError
 
+from whp_fast.durable import flush
 from whp_fast.errors import UserError
 
 _MARKER = "complete.json"
@@ -274,13 +275,13 @@ def _disk_is_full(error: BaseException) -> bool:
 def _mark_complete(folder: Path, fingerprint: str, seconds: float, summary: dict) -> None:
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     for path in files:
-        _flush(path)
+        flush(path)
     sizes = {str(p.relative_to(folder)): p.stat().st_size for p in files}
     write_json(
         folder / _MARKER,
         {"fingerprint": fingerprint, "seconds": round(seconds, 3), "files": sizes, "summary": summary},
     )
-    _flush(folder)
+    flush(folder)
 
 
 def _exchange(new: Path, place: Path) -> None:
@@ -288,13 +289,5 @@ def _exchange(new: Path, place: Path) -> None:
     with contextlib.suppress(FileNotFoundError):
         os.replace(place, old)
     os.replace(new, place)
-    _flush(place.parent)
+    flush(place.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -27,7 +27,7 @@ class Record(NamedTuple):
 
 
 def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> Record:
-    """Write a new file and flush it; its entry in the folder is durable after :func:`flush_folder`.
+    """Write a new file and flush it; its entry in the folder is durable after :func:`flush`.
 
     Raises:
         OSError: the file is there already, or the disk refuses; a part of the file may be there then.
@@ -69,11 +69,11 @@ def make_folder(path: Path) -> None:
     make_folder(path.parent)
     with contextlib.suppress(FileExistsError):
         os.mkdir(path)
-    flush_folder(path.parent)
+    flush(path.parent)
 
 
-def flush_folder(path: Path) -> None:
-    """Make the entries of a folder (new, renamed, removed) durable."""
+def flush(path: Path) -> None:
+    """Make the content of a file, or the entries of a folder (new, renamed, removed), durable."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -18,8 +18,9 @@ import numpy as np
 import torch
 
 from whp_fast.config import TrainConfig
+from whp_fast.corpus import padded
 from whp_fast.errors import UserError
-from whp_fast.objectives import Objective, padded
+from whp_fast.objectives import Objective
 from whp_fast.processes import Processes
 from whp_fast.snapshots import Snapshot, Snapshots
 from whp_fast.stopping import Stopped, StopRequest
@@ -174,13 +175,14 @@ def _step(trainee, work, settings, *, step, lr, device, processes) -> StepRecord
         return StepRecord(step, 0.0, 0.0, lr, 0, tokens, 0.0)
     for group in trainee.optimizer.param_groups:
         group["lr"] = lr
-    total, data_seconds = torch.zeros((), dtype=torch.float64), 0.0
+    total, data_seconds = torch.zeros((), dtype=torch.float64, device=device), 0.0
     for (objective, numbers), count in zip(work, trained):
         if not count:
             continue
         for mine in _micro_batches(numbers, settings.batch_blocks, processes):
             began = time.monotonic()
-            input_ids = padded(objective.blocks, mine if len(mine) else main_numbers[:1])
+            read = mine if len(mine) else main_numbers[:1]
+            input_ids = torch.from_numpy(padded([objective.blocks[int(number)] for number in read]))
             input_ids = input_ids.to(device, non_blocking=True)
             data_seconds += time.monotonic() - began
             with trainee.forward():
@@ -198,8 +200,8 @@ def _step(trainee, work, settings, *, step, lr, device, processes) -> StepRecord
             else:
                 loss = 0.0 * (hidden.float().sum() + head[:1].float().sum())
             loss.backward()
-            total += loss.detach().double().cpu()
-    loss = float(processes.add(total))
+            total += loss.detach()  # stays on the device: reading it would wait for every micro-batch
+    loss = float(processes.add(total.cpu()))
     norm = float(trainee.gradient_norm())
     if not (math.isfinite(loss) and math.isfinite(norm)):
         trainee.drop_gradients()

@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from whp_fast.alignment import Aligner
 from whp_fast.anchors import load_dictionary
 from whp_fast.artifacts import files_digest
 from whp_fast.checkpoint import load_config, load_model
 from whp_fast.config import JobConfig
 from whp_fast.corpus import corpus_files
 from whp_fast.errors import UserError
+from whp_fast.label import make_aligner
 from whp_fast.prompts import EvaluationFiles, EvaluationSet
+from whp_fast.reference_rules import ReferenceAligner
 from whp_fast.tokens import load_tokenizer
 
 
@@ -33,7 +36,7 @@ class Inputs:
     """
 
     def __init__(self, config: JobConfig):
-        self._evaluate = config.evaluate
+        self._evaluate, self._anchors, self._seed = config.evaluate, config.anchors, config.run.seed
         self.base = Path(config.model.path)
         self.model_config = load_config(self.base)
         self.tokenizer = load_tokenizer(Path(config.data.tokenizer or self.base))
@@ -44,6 +47,16 @@ class Inputs:
         self.dictionary = load_dictionary(config.anchors.path)
         self.evaluation = self._evaluation_set()
         self.model_digest = files_digest(model_files(self.base), sampled=True)
+
+    def aligner(self) -> Aligner | ReferenceAligner:
+        """The aligner of the job's rules."""
+        return make_aligner(
+            self.dictionary,
+            self.tokenizer,
+            reference_rules=self._anchors.reference_rules,
+            seed=self._seed,
+            match_across_lines=self._anchors.match_across_lines,
+        )
 
     def evaluation_digest(self) -> dict:
         """Fingerprint of the evaluation files, and the settings they are used with."""

@@ -20,13 +20,11 @@ from whp_fast.checkpoint import load_model
 from whp_fast.choices import tell_choices
 from whp_fast.config import RESULT_OF_MEMORY, JobConfig, TrainConfig
 from whp_fast.corpus import Blocks, TokenWriter, tokenise_corpus
-from whp_fast.engine import plan_steps
 from whp_fast.errors import UserError
 from whp_fast.evaluate import EvaluationResult, evaluate, next_token_table
 from whp_fast.export import export_model, model_card
 from whp_fast.inputs import Inputs, model_files
 from whp_fast.judge import LexicalJudge
-from whp_fast.label import make_aligner
 from whp_fast.label_stage import RETAIN, TARGETS, LabelStage, labels_file
 from whp_fast.label_statistics import label_page
 from whp_fast.objectives import LabelTargets, Objective
@@ -116,7 +114,7 @@ class Job:
             write_json(folder / "anchors.json", self.inputs.dictionary.entries)
             write_json(folder / "dropped.json", self.inputs.dictionary.dropped)
             blocks = self._blocks()
-            aligner = self._aligner()
+            aligner = self.inputs.aligner()
             with track("align", blocks.n_tokens) as advance:
                 parts = (part for _, part in aligner.align_stream(blocks))
                 matches = save_alignment(folder, parts, progress=advance)
@@ -167,13 +165,10 @@ class Job:
         """Both models to generic labels: ``labels_alpha_*.npy`` (int32, one label a token), ``reason.npy``,
         ``base_choice.npy``, ``statistics.json``."""
         settings, unlearn = self.config.label, self.config.unlearn
-        stage_work = LabelStage(
-            self.config, self.inputs, self.path, device=self.device, processes=self.processes
-        )
 
         def work(folder: Path) -> dict:
             reinforced = self.stages["reinforce"].folder
-            return stage_work.work(folder, reinforced, self.stages["align"].folder, self._blocks())
+            return self._label_stage().work(folder, reinforced, self.stages["align"].folder, self._blocks())
 
         depends = {"settings": dataclasses.asdict(settings), "align": self.stages["align"].fingerprint}
         depends["reinforce"] = self.stages["reinforce"].fingerprint
@@ -196,9 +191,8 @@ class Job:
         if settings.evaluate_every:
             depends["evaluate"] = self.inputs.evaluation_digest()
         training = self._training(settings, depends)
-        n_steps = len(plan_steps(len(self._blocks()), settings, self.config.run.seed))
 
-        def point(trainee, step: int) -> dict | None:
+        def point(trainee, step: int, n_steps: int) -> dict | None:
             due = settings.evaluate_every and (step % settings.evaluate_every == 0 or step == n_steps)
             if not due or self.inputs.evaluation is None or not (self.processes.first or trainee.sharded):
                 return None
@@ -329,15 +323,17 @@ class Job:
             "memory": {key: memory[key] for key in RESULT_OF_MEMORY},
         }
 
+    def _label_stage(self) -> LabelStage:
+        return LabelStage(self.config, self.inputs, device=self.device, processes=self.processes)
+
     def _objectives(self, trainee) -> list[Objective]:
         """What the base is trained on: labels or the teachers' distributions, and text to keep."""
         settings, label = self.config.unlearn, self.stages["label"].folder
         blocks = self._blocks()
         labels = np.load(label / labels_file(self.config.label.alpha), mmap_mode="r")
-        stage = LabelStage(self.config, self.inputs, self.path, device=self.device, processes=self.processes)
         heads = None
         if settings.target != "hard" or settings.retain:
-            heads = stage.heads(self.stages["reinforce"].folder)
+            heads = self._label_stage().heads(self.stages["reinforce"].folder)
         if settings.target == "hard":
             objectives = [Objective(blocks, LabelTargets(blocks, labels))]
         else:
@@ -419,16 +415,6 @@ class Job:
     def _blocks(self) -> Blocks:
         tokens = np.load(self.stages["prepare"].folder / "tokens.npy", mmap_mode="r")
         return Blocks.of(tokens, self.config.data.context, drop_tail=self.config.anchors.reference_rules)
-
-    def _aligner(self):
-        anchors = self.config.anchors
-        return make_aligner(
-            self.inputs.dictionary,
-            self.inputs.tokenizer,
-            reference_rules=anchors.reference_rules,
-            seed=self.config.run.seed,
-            match_across_lines=anchors.match_across_lines,
-        )
 
     def _evaluate(self, model, max_prompts: int | None) -> EvaluationResult:
         return evaluate(

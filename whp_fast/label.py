@@ -23,7 +23,7 @@ from whp_kernels.losses import IGNORE_INDEX, RowEdits, generic_labels
 from whp_fast.alignment import Aligner, Alignment
 from whp_fast.anchors import Dictionary, load_dictionary
 from whp_fast.artifacts import NpyWriter
-from whp_fast.corpus import Blocks
+from whp_fast.corpus import Blocks, padded
 from whp_fast.model import Llama
 from whp_fast.reasons import NOT_FINITE
 from whp_fast.reference_rules import ReferenceAligner
@@ -203,18 +203,19 @@ class Labeller:
         return labels, own, reason
 
     @torch.inference_mode()
-    def idle(self, n_batches: int) -> None:
+    def idle(self, n_batches: int, *, base_alone: bool = False) -> None:
         """Passes of both models over one token, as many as there are batches; nothing comes of them."""
+        teachers = [(self.base, self.as_base), (self.reinforced, self.as_reinforced)]
         for _ in range(n_batches):
-            for model, switch in ((self.base, self.as_base), (self.reinforced, self.as_reinforced)):
+            for model, switch in teachers[: 1 if base_alone else 2]:
                 self._rows(model, switch, np.zeros((1, 1), dtype=np.int64), np.zeros(0, dtype=np.int64))
 
     def _label_batch(self, blocks, alignment, numbers, positions, keep):
         offsets = alignment.block_offsets
         block_of = np.searchsorted(offsets, positions, side="right") - 1
         local = block_of - numbers[0]
-        original = _padded([blocks[b] for b in numbers])
-        translated = _padded(
+        original = padded([blocks[b] for b in numbers])
+        translated = padded(
             [alignment.translated[slice(*alignment.translated_offsets[b : b + 2])] for b in numbers]
         )
         base_rows = local * translated.shape[1] + alignment.index_map[positions]
@@ -355,14 +356,6 @@ def _loaded(model: Model, device):
 
         return load_model(Path(model), device=device)
     return model
-
-
-def _padded(rows: Sequence[np.ndarray]) -> np.ndarray:
-    """int64 [n, longest]: right-padded with token 0, which earlier positions never see."""
-    result = np.zeros((len(rows), max(map(len, rows))), dtype=np.int64)
-    for k, row in enumerate(rows):
-        result[k, : len(row)] = row
-    return result
 
 
 def _used_before(alignment, numbers, positions, block_of, first_tokens) -> tuple[np.ndarray, np.ndarray]:

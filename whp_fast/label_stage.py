@@ -22,14 +22,13 @@ from whp_fast.config import JobConfig
 from whp_fast.corpus import Blocks, TokenWriter, tokenise_corpus
 from whp_fast.errors import UserError
 from whp_fast.inputs import Inputs
-from whp_fast.label import Labeller, join_npy, label_range, make_aligner, split_blocks
+from whp_fast.label import Labeller, join_npy, label_range, split_blocks
 from whp_fast.label_statistics import LabelStatistics
 from whp_fast.model import Llama
-from whp_fast.objectives import padded
 from whp_fast.processes import Processes
 from whp_fast.progress import track
 from whp_fast.row_files import join_parts
-from whp_fast.teacher_cache import CacheWriter, TargetWriter, join_targets
+from whp_fast.teacher_cache import CacheWriter, TargetWriter, cache_hidden_states, join_targets
 from whp_fast.trainee import load_frozen
 
 TARGETS = "targets"
@@ -40,10 +39,8 @@ ADAPTER = "reinforce"
 class LabelStage:
     """The two forward passes over the corpus, and what is written of them."""
 
-    def __init__(
-        self, config: JobConfig, inputs: Inputs, run: Path, *, device: torch.device, processes: Processes
-    ):
-        self.config, self.inputs, self.run = config, inputs, run
+    def __init__(self, config: JobConfig, inputs: Inputs, *, device: torch.device, processes: Processes):
+        self.config, self.inputs = config, inputs
         self.device, self.processes = device, processes
         self.alphas = list(dict.fromkeys([config.label.alpha, *config.label.more_alphas]))
 
@@ -60,8 +57,7 @@ class LabelStage:
         mine = ranges[self.processes.rank]
         counts = self._write(folder, labeller, load_alignment(alignment), blocks, mine)
         if labeller.every_batch:
-            most = max(-(-len(r) // settings.batch_blocks) for r in ranges)
-            labeller.idle(most - -(-len(mine) // settings.batch_blocks))
+            labeller.idle(_batches_lacking(ranges, mine, settings.batch_blocks))
         if self.config.unlearn.retain:
             self._keep_retained(folder, labeller)
         everyone = self.processes.all_of(counts)
@@ -97,10 +93,10 @@ class LabelStage:
             model.residual_dtype = torch.float32
             how |= {"as_base": partial(adapters.use_adapter, model, None)}
             how |= {"as_reinforced": partial(adapters.use_adapter, model, ADAPTER)}
-            return Labeller(model, model, self._aligner(), self.alphas, **how)
+            return Labeller(model, model, self.inputs.aligner(), self.alphas, **how)
         models = [self._teacher(folder) for folder in (self.inputs.base, reinforced / "model")]
         how["every_batch"] = self.processes.several and self.config.memory.shard_teachers
-        return Labeller(*models, self._aligner(), self.alphas, **how)
+        return Labeller(*models, self.inputs.aligner(), self.alphas, **how)
 
     def _teacher(self, folder: Path) -> Llama:
         dtype = getattr(torch, self.config.label.dtype)
@@ -113,9 +109,8 @@ class LabelStage:
         sharding.shard(model, mesh, dtype, trained=False)
         model.to_empty(device=self.device)
         parameters = dict(model.named_parameters())
-        for name, reader in read_tensors(folder, config, {n: tuple(p.shape) for n, p in parameters.items()}):
-            rows, first = sharding.local(parameters[name]), sharding.first_row(parameters[name])
-            rows.copy_(reader.rows(first, first + len(rows), dtype))
+        for name, rows in sharding.read_rows(folder, config, parameters, dtype):
+            sharding.local(parameters[name]).copy_(rows)
         return model
 
     def _write(self, folder: Path, labeller: Labeller, alignment, blocks: Blocks, mine: range):
@@ -130,7 +125,7 @@ class LabelStage:
             width = self.inputs.model_config.hidden_size
             keep = TargetWriter(self._part(folder / TARGETS), width, self.config.unlearn.cache_dtype)
         offsets = blocks.offsets()
-        total = int(offsets[mine.stop] - offsets[mine.start]) if len(mine) else 0
+        total = int(offsets[mine.stop] - offsets[mine.start])
         with track("label", total) as advance:
             for piece in label_range(
                 labeller, blocks, alignment, mine.start, mine.stop, progress=advance, keep=keep
@@ -167,19 +162,23 @@ class LabelStage:
         size = self.config.label.batch_blocks
         ranges = split_blocks(len(blocks), self.processes.world_size, size)
         mine = ranges[self.processes.rank]
+        offsets = blocks.offsets()
+        total = int(offsets[mine.stop] - offsets[mine.start])
         width = self.inputs.model_config.hidden_size
         cache = CacheWriter(part, "base", width, self.config.unlearn.cache_dtype)
-        most = max(-(-len(r) // size) for r in ranges) if labeller.every_batch else -(-len(mine) // size)
-        with torch.inference_mode(), track("retain", len(mine)) as advance:
-            for k in range(most):
-                numbers = np.array(mine[k * size : (k + 1) * size], dtype=np.int64)
-                ids = padded(blocks, numbers if len(numbers) else np.zeros(1, dtype=np.int64))
-                with labeller.as_base():
-                    hidden = labeller.base.hidden_states(ids.to(self.device))
-                for row, number in zip(hidden, numbers):
-                    cache.append(row[: len(blocks[int(number)])])
-                advance(len(numbers))
-        cache.close()
+        with torch.inference_mode(), cache, track("retain", total) as advance:
+            cache_hidden_states(
+                labeller.base,
+                blocks,
+                cache,
+                mine.start,
+                mine.stop,
+                batch_size=size,
+                switch=labeller.as_base,
+                progress=advance,
+            )
+        if labeller.every_batch:
+            labeller.idle(_batches_lacking(ranges, mine, size), base_alone=True)
 
     def _part(self, folder: Path) -> Path:
         """Where this process writes its part of what belongs into ``folder``."""
@@ -198,15 +197,10 @@ class LabelStage:
         if self.config.unlearn.retain:
             join_parts(folder / RETAIN, "base", parts)
 
-    def _aligner(self):
-        anchors = self.config.anchors
-        return make_aligner(
-            self.inputs.dictionary,
-            self.inputs.tokenizer,
-            reference_rules=anchors.reference_rules,
-            seed=self.config.run.seed,
-            match_across_lines=anchors.match_across_lines,
-        )
+
+def _batches_lacking(ranges: list[range], mine: range, size: int) -> int:
+    """Batches that the busiest process has beyond this one's."""
+    return max(-(-len(r) // size) for r in ranges) - -(-len(mine) // size)
 
 
 def labels_file(alpha: float) -> str:

@@ -32,6 +32,7 @@ from whp_kernels.layers import embedding, residual_rms_norm, rms_norm, rope, swi
 
 from whp_fast.attention import attention
 from whp_fast.model_config import LlamaConfig
+from whp_fast.projections import project
 
 if TYPE_CHECKING:
     from whp_fast.generate import KVCache
@@ -190,7 +191,7 @@ class _Attention(nn.Module):
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cache: KVCache | None
     ) -> torch.Tensor:
         heads = (*x.shape[:-1], -1, self.head_dim)
-        q, k, v = self.q_proj(x).view(heads), self.k_proj(x).view(heads), self.v_proj(x).view(heads)
+        q, k, v = (y.view(heads) for y in project(x, self.q_proj, self.k_proj, self.v_proj))
         dtype = v.dtype
         if self.q_norm is not None:
             q, k = self.q_norm(q, cos.dtype), self.k_norm(k, cos.dtype)
@@ -211,7 +212,7 @@ class _MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(swiglu(*project(x, self.gate_proj, self.up_proj)))
 
 
 class RMSNorm(nn.Module):

@@ -83,12 +83,3 @@ class LabelTargets:
             return block[1:]
         start = number * self.blocks.context
         return self.labels[start : start + len(block)]
-
-
-def padded(blocks: Blocks, numbers: np.ndarray) -> Tensor:
-    """int64 [b, T]: blocks padded on the right with token 0, which no earlier position sees."""
-    rows = [blocks[int(number)] for number in numbers]
-    result = np.zeros((len(rows), max(map(len, rows))), dtype=np.int64)
-    for k, row in enumerate(rows):
-        result[k, : len(row)] = row
-    return torch.from_numpy(result)

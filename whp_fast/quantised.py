@@ -26,6 +26,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from whp_kernels.optim.sharding import local
 
 from whp_fast.errors import UserError
 
@@ -200,7 +201,7 @@ def quantised_bytes(in_features: int, out_features: int, kind: str) -> int:
 def model_bytes(model: nn.Module) -> int:
     """Bytes of the parameters and buffers of a model on one process, each tensor counted once."""
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    return sum(_local(t).numel() * t.element_size() for t in tensors.values())
+    return sum(local(t).numel() * t.element_size() for t in tensors.values())
 
 
 def bitsandbytes_adamw8bit(
@@ -268,7 +269,7 @@ class ShardedAdamW8bit:
         try:
             for parameter, shard in self._pairs:
                 if parameter.grad is not None and shard.numel():
-                    shard.grad = _local(parameter.grad).to(shard.dtype).contiguous()
+                    shard.grad = local(parameter.grad).to(shard.dtype).contiguous()
             self._optimizer.step()
         finally:
             for _, shard in self._pairs:
@@ -295,19 +296,15 @@ class ShardedAdamW8bit:
 
 
 def _shard(parameter: nn.Parameter) -> nn.Parameter:
-    local = _local(parameter.detach())
-    if local.dtype != torch.float32:
+    rows = local(parameter)
+    if rows.dtype != torch.float32:
         raise UserError(
-            f"memory.optimizer: bitsandbytes updates float32 weights, and these are {local.dtype}, in which "
+            f"memory.optimizer: bitsandbytes updates float32 weights, and these are {rows.dtype}, in which "
             "tiny updates are lost; set memory.weights to float32, or memory.optimizer to whp."
         )
-    if not local.is_contiguous():
+    if not rows.is_contiguous():
         raise ValueError(f"the shard of a parameter of shape {list(parameter.shape)} is not contiguous")
-    return nn.Parameter(local)
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return nn.Parameter(rows)
 
 
 def _blocks(numel: int, size: int) -> int:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from whp_fast.durable import Record, flush_folder, write_file
+from whp_fast.durable import Record, flush, write_file
 from whp_fast.errors import UserError
 from whp_fast.snapshot_files import marker_attempt, rank_file
 
@@ -44,7 +44,7 @@ class Rendezvous:
         """
         name = _manifest_file(self._rank, self._world_size)
         write_file(self.folder / f".{name}", [json.dumps(manifest, indent=1).encode()])
-        flush_folder(self.folder)  # on another machine, that of process 0 need not cover what is new here
+        flush(self.folder)  # on another machine, that of process 0 need not cover what is new here
         os.replace(self.folder / f".{name}", self.folder / name)
 
     def gather(self) -> tuple[dict[str, Record], list[dict]]:

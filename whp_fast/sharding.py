@@ -7,16 +7,20 @@ positions, so the number of processes never changes it. Frozen models are sharde
 
 from __future__ import annotations
 
-import math
 import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
+from whp_kernels.optim.sharding import first_row, is_sharded, local
 
+from whp_fast.checkpoint import read_tensors
 from whp_fast.errors import UserError
 from whp_fast.model import Llama
+from whp_fast.model_config import LlamaConfig
 from whp_fast.processes import Processes
 
 
@@ -66,23 +70,23 @@ def shard(model: Llama, mesh: DeviceMesh, compute_dtype: torch.dtype, *, trained
                 module.set_force_sum_reduction_for_comms(True)  # gloo cannot divide while it adds
 
 
-def local(tensor: Tensor) -> Tensor:
-    """The rows of ``tensor`` that this process holds; all of them when it is not sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+def read_rows(
+    folder: Path, config: LlamaConfig, parameters: Mapping[str, Tensor], dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """The rows of every parameter that this process holds, name by name, read from a model folder.
 
-
-def first_row(tensor: Tensor) -> int:
-    """The number, in the whole tensor, of the first row that this process holds."""
-    if not isinstance(tensor, DTensor):
-        return 0
-    mesh = tensor.device_mesh
-    shards, mine = mesh.size(mesh.ndim - 1), mesh.get_local_rank(mesh.ndim - 1)
-    return min(mine * math.ceil(tensor.shape[0] / shards), tensor.shape[0])
+    Raises:
+        UserError: see ``read_tensors``.
+    """
+    wanted = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    for name, reader in read_tensors(folder, config, wanted):
+        first = first_row(parameters[name])
+        yield name, reader.rows(first, first + len(local(parameters[name])), dtype)
 
 
 def whole(like: Tensor, rows: Tensor) -> Tensor:
     """``rows`` of all processes put together, where they lie as those of ``like`` do. A collective."""
-    if not isinstance(like, DTensor):
+    if not is_sharded(like):
         return rows
     sharded = DTensor.from_local(
         rows,
@@ -97,6 +101,6 @@ def whole(like: Tensor, rows: Tensor) -> Tensor:
 
 def holds_first_copy(tensor: Tensor, processes: Processes) -> bool:
     """Whether these rows are this process's to save: with replicas, those of the first group are."""
-    if not isinstance(tensor, DTensor):
+    if not is_sharded(tensor):
         return processes.first
     return tensor.device_mesh.ndim == 1 or tensor.device_mesh.get_local_rank(0) == 0

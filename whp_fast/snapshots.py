@@ -21,7 +21,7 @@ from pathlib import Path
 
 from rich.markup import escape
 
-from whp_fast.durable import flush_folder, make_folder, remove_folder, write_file
+from whp_fast.durable import flush, make_folder, remove_folder, write_file
 from whp_fast.errors import UserError
 from whp_fast.progress import say
 from whp_fast.rendezvous import Rendezvous
@@ -244,12 +244,12 @@ class Snapshots:
             "files": {name: list(record) for name, record in files.items()},
         }
         write_file(staging / MARKER, [marker_text(marker)])
-        flush_folder(staging)
+        flush(staging)
         place = self.folder / step_folder(work.step)
         if os.path.lexists(place):  # until the new one is in its place this is found under its other name
             os.replace(place, self.folder / f".{place.name}.{work.attempt}.old")
         os.replace(staging, place)
-        flush_folder(self.folder)
+        flush(self.folder)
         self._prune(work)
 
     def _give_up(self, work: _Work, reason: str) -> None:

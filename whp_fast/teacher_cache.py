@@ -26,9 +26,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from whp_fast.corpus import Blocks
+from whp_fast.corpus import Blocks, padded
 from whp_fast.errors import UserError
 from whp_fast.model import Llama
 from whp_fast.row_files import CHUNK_BYTES, RowFiles, RowWriter, join_parts, mend
@@ -291,9 +290,9 @@ def cache_hidden_states(
     last = len(blocks) if last is None else last
     while first < last:
         end = min(first - first % batch_size + batch_size, last)
-        rows = [torch.from_numpy(blocks[i].astype(np.int64)) for i in range(first, end)]
+        rows = [blocks[i] for i in range(first, end)]
         with switch():
-            hidden = model.hidden_states(pad_sequence(rows, batch_first=True).to(device))
+            hidden = model.hidden_states(torch.from_numpy(padded(rows)).to(device))
         for k, row in enumerate(rows):
             writer.append(hidden[k, : len(row)])
         progress(sum(map(len, rows)))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from whp_kernels.optim import AdamW
 
 from whp_fast import adapters, quantised, sharding
-from whp_fast.checkpoint import load_config, load_model, read_tensors, save_model
+from whp_fast.checkpoint import load_config, load_model, save_model
 from whp_fast.config import MemoryConfig, TrainConfig
 from whp_fast.errors import UserError
 from whp_fast.model import Llama
@@ -60,7 +60,7 @@ class Trainee:
         else:
             self.trained = adapters.adapter_parameters(model, adapter)
         first = next(iter(model.parameters()))
-        self.sharded = sharding.local(first) is not first
+        self.sharded = sharding.is_sharded(first)
         self._autocast = first.dtype == torch.float32 != compute_dtype and not self.sharded
         # weights in bfloat16 take the place of autocast's copies: beside them the residual stream is float32
         # too
@@ -100,7 +100,7 @@ class Trainee:
                 processes=processes,
                 seed=seed,
             )
-        dtype = getattr(torch, memory.weights_dtype(str(compute_dtype).removeprefix("torch.")))
+        dtype = _weights_dtype(memory, compute_dtype)
         config = load_config(folder)
         with torch.device("meta"):
             model = Llama(config).to(dtype)
@@ -108,12 +108,8 @@ class Trainee:
             sharding.shard(model, sharding.process_mesh(processes, device, memory.replicas), compute_dtype)
         model.to_empty(device=device)
         trainee = cls(model, settings, memory, compute_dtype=compute_dtype, processes=processes)
-        for name, reader in read_tensors(
-            folder, config, {n: tuple(p.shape) for n, p in trainee.trained.items()}
-        ):
-            parameter = trainee.trained[name]
-            first, count = sharding.first_row(parameter), len(sharding.local(parameter))
-            trainee._set_master(parameter, reader.rows(first, first + count, torch.float32))
+        for name, rows in sharding.read_rows(folder, config, trainee.trained, torch.float32):
+            trainee._set_master(trainee.trained[name], rows)
         return trainee
 
     @classmethod
@@ -129,7 +125,7 @@ class Trainee:
 
         Nothing of them is lost: ``masters`` gives float32 back."""
         memory = memory or MemoryConfig()
-        dtype = getattr(torch, memory.weights_dtype(str(compute_dtype).removeprefix("torch.")))
+        dtype = _weights_dtype(memory, compute_dtype)
         if dtype == torch.float32:
             return cls(model, settings, memory, compute_dtype=compute_dtype)
         exact = {name: parameter.detach() for name, parameter in model.named_parameters()}
@@ -225,13 +221,9 @@ class Trainee:
         beside it. Called by every process; the first one writes."""
         if self.adapter is not None and self.processes.first:
             adapters.save_adapter(self.model, self.adapter, folder / "adapter", base_name)
-        if not self.sharded:
-            if self.processes.first:
-                save_model(self.masters(), folder / "model", config=self.model.config, dtype=torch.float32)
-            return
         if self.processes.first:
             save_model(self.masters(), folder / "model", config=self.model.config, dtype=torch.float32)
-        else:
+        elif self.sharded:  # takes part in gathering
             for make in self.masters().values():
                 make()
 
@@ -283,10 +275,10 @@ class Trainee:
     def _state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """What a training changes: local tensors whose rows lie as the parameter's do."""
         if not isinstance(self.optimizer, AdamW):
-            return {"weight": sharding.local(parameter.detach())}
+            return {"weight": sharding.local(parameter)}
         state = self.optimizer.state[parameter]
         tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
-        return {"weight": sharding.local(parameter.detach()), **tensors}
+        return {"weight": sharding.local(parameter), **tensors}
 
     def _unaligned_state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """bitsandbytes' moments: its blocks run over the rows of a process, so another number of processes
@@ -364,7 +356,7 @@ class Trainee:
     def _master(self, parameter: nn.Parameter) -> Tensor:
         if isinstance(self.optimizer, AdamW):
             return self.optimizer.master(parameter)
-        return sharding.local(parameter.detach())
+        return sharding.local(parameter)
 
     @torch.no_grad()
     def _set_master(self, parameter: nn.Parameter, values: Tensor) -> None:
@@ -382,6 +374,10 @@ def load_frozen(
     dtype = compute_dtype if kind in ("auto", "nf4", "int8") else getattr(torch, kind)
     quantise = kind if kind in ("nf4", "int8") else None
     return load_model(folder, dtype=dtype, device=device, quantise=quantise).requires_grad_(False)
+
+
+def _weights_dtype(memory: MemoryConfig, compute_dtype: torch.dtype) -> torch.dtype:
+    return getattr(torch, memory.weights_dtype(str(compute_dtype).removeprefix("torch.")))
 
 
 def clip_scale(norm: float, longest: float) -> float:

@@ -47,13 +47,14 @@ class TrainingStage:
         self,
         folder: Path,
         make_objectives: Callable[[Trainee], Sequence[Objective]],
-        point: Callable[[Trainee, int], dict | None] = lambda trainee, step: None,
+        point: Callable[[Trainee, int, int], dict | None] = lambda trainee, step, n_steps: None,
     ) -> tuple[dict, list[dict]]:
         """Train and save into ``folder``; called by every process.
 
         Args:
             make_objectives: of the loaded model.
-            point: called with the number of each step made (0 before the first): a point of a curve, or None.
+            point: called with the number of each step made (0 before the first) and that of all steps: a
+                point of a curve, or None.
 
         Returns:
             the summary, and the curve.
@@ -76,7 +77,7 @@ class TrainingStage:
         log = self._log(folder, n_steps, state["records"])
 
         def after_step(step: int) -> None:
-            found = point(trainee, step)
+            found = point(trainee, step, n_steps)
             if found is not None:
                 curve.append({"step": step, **found})
 

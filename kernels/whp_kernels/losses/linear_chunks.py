@@ -19,7 +19,7 @@ from torch import Tensor
 
 from whp_kernels.gemm import product
 from whp_kernels.losses.dispatch import backend
-from whp_kernels.losses.linear_rows import LinearRows, Projection
+from whp_kernels.losses.linear_rows import LinearRows, Projection, float16_scale
 from whp_kernels.losses.rows import RowLosses, Rows
 from whp_kernels.losses.statistics import token_set_probability
 
@@ -52,7 +52,9 @@ def losses_and_gradients(
     head = rows.weight.to(compute)
     heads = [_head(teacher, compute_dtype) for teacher in rows.teachers]
     is_self = [teacher.same_as(rows.student) for teacher in rows.teachers]
-    shift, row_scale = _float16_scale(row_scale, compute)
+    shift = None
+    if row_scale is not None:
+        shift, row_scale = float16_scale(row_scale, compute)
     d_hidden_dtype = torch.float32 if rows.hidden.dtype == torch.float16 else rows.hidden.dtype
     d_hidden = torch.empty(rows.hidden.shape, dtype=d_hidden_dtype, device=device) if needs[0] else None
     make = torch.empty if n else torch.zeros  # the first chunk writes it, the others add to it
@@ -178,15 +180,6 @@ def _chunk(rows: LinearRows, part: slice, student: Tensor | None, teachers: tupl
 
 def _head(teacher: Projection, compute_dtype: torch.dtype | None) -> Tensor:
     return teacher.weight.to(compute_dtype or torch.promote_types(teacher.hidden.dtype, teacher.weight.dtype))
-
-
-def _float16_scale(row_scale: Tensor | None, compute: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-    """In float16 a gradient of 1 / (V * tokens) is 0: raise it by a power of two, and say what undoes
-    that."""
-    if row_scale is None or compute != torch.float16 or not row_scale.numel():
-        return None, row_scale
-    exponent = torch.floor(torch.log2(row_scale.abs().amax().clamp(min=1e-30)))
-    return torch.exp2(exponent), row_scale * torch.exp2(-exponent)
 
 
 def _no_rows(like: Tensor, wide: torch.dtype) -> RowLosses:
