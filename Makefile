@@ -47,10 +47,11 @@ bench-loss: install
 RESULTS ?= benchmarks/results
 
 test-gpu: install
-	$(BIN)/python -m pytest tests/kernels tests/test_engine.py tests/test_model.py tests/test_attention.py
+	$(BIN)/python -m benchmarks.gpu_tests --json $(RESULTS)/tests_cuda.json
 
 bench-gpu: install
 	$(BIN)/python -m benchmarks.loss --device cuda --json $(RESULTS)/loss_cuda.json --pictures kernels/images
+	$(BIN)/python -m benchmarks.layers --device cuda --json $(RESULTS)/layers_cuda.json --pictures kernels/images
 	$(BIN)/python -m benchmarks.seven_b --start-up --json $(RESULTS)/seven_b_cuda.json
 	$(BIN)/python -m benchmarks.results_page --folder $(RESULTS)
 

@@ -51,15 +51,16 @@ def _draw_op(path: Path, name: str, rows: Sequence[dict[str, Any]], header: dict
         figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06, wspace=0.03, hspace=0.04)
         figure.suptitle(OPS[name].title, x=0.01, ha="left", fontsize=12.5, fontweight="bold", color=INK)
         for (time_axis, memory_axis), ((dtype, sizes), group) in zip(axes, groups.items()):
-            _draw_times(time_axis, group, f"{dtype}, {sizes}")
-            _draw_memory(memory_axis, group)
+            draw_times(time_axis, group, f"{dtype}, {sizes}")
+            draw_memory(memory_axis, group)
         figure.supxlabel(_note(OPS[name], header), x=0.012, ha="left", fontsize=8.5, color=GREY)
         figure.savefig(path, dpi=DPI)
         pyplot.close(figure)
     return path
 
 
-def _draw_times(axis, group: Sequence[dict[str, Any]], title: str) -> None:
+def draw_times(axis, group: Sequence[dict[str, Any]], title: str) -> None:
+    """Bars of both passes, each beside the other; factors are those to the first of ours."""
     ours = next((row["total_ms"] for row in group if row["ours"]), None)
     for at, row in enumerate(group):
         dark, light, style = _colours(row)
@@ -68,8 +69,9 @@ def _draw_times(axis, group: Sequence[dict[str, Any]], title: str) -> None:
         text = _number(row["total_ms"])
         if ours and row["total_ms"] != ours:
             text += f"   {_ratio(row['total_ms'] / ours)}"
-        if row["rel_err"] is not None and row["rel_err"] >= WRONG:
-            text += f"   error {100 * row['rel_err']:.0f} %"
+        error = row.get("rel_err")
+        if error is not None and error >= WRONG:
+            text += f"   error {100 * error:.0f} %"
         _beside(axis, row["fwd_ms"] + row["bwd_ms"], at, text, row)
     _finish(axis, group, f"{title}: time in ms", max(row["total_ms"] for row in group), room=1.42)
     axis.set_yticks(range(len(group)), [row["label"] for row in group])
@@ -78,12 +80,15 @@ def _draw_times(axis, group: Sequence[dict[str, Any]], title: str) -> None:
         label.set_fontweight("bold" if row["ours"] else "normal")
 
 
-def _draw_memory(axis, group: Sequence[dict[str, Any]]) -> None:
+def draw_memory(
+    axis, group: Sequence[dict[str, Any]], key: str = "peak_extra_mb", title: str = "peak memory in MB"
+) -> None:
+    """Bars of one figure of memory."""
     for at, row in enumerate(group):
         dark, _, style = _colours(row)
-        axis.barh(at, row["peak_extra_mb"], BAR, color=dark, **style)
-        _beside(axis, row["peak_extra_mb"], at, _number(row["peak_extra_mb"]), row)
-    _finish(axis, group, "peak memory in MB", max(row["peak_extra_mb"] for row in group), room=1.15)
+        axis.barh(at, row[key], BAR, color=dark, **style)
+        _beside(axis, row[key], at, _number(row[key]), row)
+    _finish(axis, group, title, max(row[key] for row in group), room=1.15)
     axis.set_yticks([])
 
 

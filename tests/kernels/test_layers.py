@@ -5,7 +5,18 @@ import itertools
 import pytest
 import torch
 from whp_kernels import extension
-from whp_kernels.layers import cpp, dispatch, embedding, reference, residual_rms_norm, rms_norm, rope, swiglu
+from whp_kernels.layers import (
+    columns,
+    cpp,
+    dispatch,
+    embedding,
+    reference,
+    residual_rms_norm,
+    rms_norm,
+    rope,
+    stacked_linear,
+    swiglu,
+)
 from whp_kernels.losses.cpp import isas
 
 compiled = pytest.mark.skipif(extension.load() is None, reason=str(extension.reason()))
@@ -111,6 +122,38 @@ def test_rope(isa, batch, places, heads, depth, own_tables, dtype):
         exact = reference.rope(x.double(), cos.double(), sin.double(), inverse)
         assert found.shape == x.shape and found.dtype == dtype
         as_good_as_torch(found, plain, exact, inverse)
+
+
+@pytest.mark.parametrize("backend", [reference, pytest.param(cpp, marks=compiled)])
+def test_results_beside_each_other(backend):
+    """What the gradients of stacked products are written into."""
+    apart = [draw(2, 3, n, 6, seed=n).float() for n in (4, 2, 1)]
+    cos, sin = tables(3, 6)
+    expected = [backend.rope(apart[0], cos, sin, True), backend.rope(apart[1], cos, sin, True), apart[2]]
+    found = backend.rope_heads(*apart, cos, sin, True, True)
+    assert columns.are_columns(found, 2) and all(map(torch.equal, found, expected))
+    plain = backend.rope_heads(*apart[:2], None, cos, sin, True)
+    assert not columns.are_columns(plain, 2) and all(map(torch.equal, plain, expected))
+    g, gate, up = (draw(3, 5, seed=k).float() for k in range(3))
+    found, expected = (backend.swiglu_backward(g, gate, up, in_one) for in_one in (True, False))
+    assert columns.are_columns(found) and not columns.are_columns(expected)
+    assert all(map(torch.equal, found, expected))
+    assert columns.whole_of(found).data_ptr() == found[0].data_ptr()
+    assert torch.equal(columns.whole_of(found), torch.cat(expected, -1))
+
+
+def test_what_is_not_beside_each_other():
+    whole = draw(3, 4, 10)
+    a, b = whole.split([4, 6], -1)
+    assert columns.are_columns((a, b)) and not columns.are_columns((b, a))
+    assert not columns.are_columns((a, b[..., 1:])) and not columns.are_columns((a[:2], b[:2].clone()))
+    assert not columns.are_columns((a, b.float())) and not columns.are_columns((a[:2], b[1:]))
+    assert not columns.are_columns((a.transpose(0, 1), b)) and not columns.are_columns((a[..., ::2], b))
+    overlapping = whole.as_strided((3, 10), (7, 1)).split(5, -1)
+    assert not columns.are_columns(overlapping)
+    heads = a.unflatten(-1, (2, 2)), b.unflatten(-1, (3, 2))
+    assert columns.are_columns(heads, 2) and torch.equal(columns.whole_of(heads, 2), whole)
+    assert not columns.are_columns((heads[0].transpose(2, 3), heads[1]), 2)
 
 
 def test_rope_is_a_rotation_and_its_inverse_the_transpose():
@@ -237,18 +280,96 @@ def test_which_backend():
     assert dispatch.backend(f32, torch.empty(1, device="meta")) is reference
 
 
-def test_the_reference_can_be_asked_for(monkeypatch):
-    try:
-        for asked, expected in (("reference", reference), ("fast", None)):
-            monkeypatch.setenv("WHP_KERNELS_LAYERS", asked)
-            dispatch._on_cpu.cache_clear()
-            if expected is None:
-                with pytest.raises(ValueError, match="WHP_KERNELS_LAYERS is 'fast'"):
-                    dispatch.backend(torch.empty(1))
-            else:
-                assert dispatch.backend(torch.empty(1)) is expected
-    finally:
-        dispatch._on_cpu.cache_clear()
+@pytest.fixture
+def asking(monkeypatch):
+    """Sets WHP_KERNELS_LAYERS as if no layer had run before."""
+
+    def ask(name):
+        monkeypatch.setenv("WHP_KERNELS_LAYERS", name)
+        dispatch._asked.cache_clear()
+
+    yield ask
+    dispatch._asked.cache_clear()
+
+
+@compiled
+def test_a_backend_can_be_asked_for(asking, monkeypatch):
+    f32, f16, f64 = (torch.empty(1, dtype=dtype) for dtype in (F32, torch.float16, F64))
+    asking("reference")
+    assert dispatch.backend(f32) is reference
+    asking("cpp")
+    assert dispatch.backend(f32) is cpp and dispatch.backend(f16) is reference
+    triton = pytest.importorskip("whp_kernels.layers.triton")
+    asking("triton")
+    assert dispatch.backend(f32, f16) is triton and dispatch.backend(f32, f64) is reference
+    asking("fast")
+    with pytest.raises(ValueError, match="WHP_KERNELS_LAYERS is 'fast'"):
+        dispatch.backend(f32)
+    monkeypatch.setattr(dispatch, "_triton", lambda: None)
+    asking("triton")
+    with pytest.raises(ValueError, match="install triton"):
+        dispatch.backend(f32)
+    monkeypatch.setattr(dispatch.extension, "load", lambda: None)
+    asking("cpp")
+    with pytest.raises(ValueError, match="WHP_KERNELS_LAYERS is 'cpp', but"):
+        dispatch.backend(f32)
+
+
+def test_on_a_gpu_it_is_triton(monkeypatch):
+    """By the device alone: a tensor that says it is there."""
+
+    class OnGPU:
+        is_cuda, is_cpu, dtype = True, False, BF16
+
+    triton = pytest.importorskip("whp_kernels.layers.triton")
+    assert dispatch.backend(OnGPU(), None, OnGPU()) is triton
+    assert dispatch.backend(OnGPU(), torch.empty(1)) is reference
+    monkeypatch.setattr(OnGPU, "dtype", F64)
+    assert dispatch.backend(OnGPU()) is reference
+
+
+# ------------------------------------------------------------------------------------- under torch.compile
+
+
+def compiled_and_eager(call, *leaves):
+    """The results and gradients of both; whatever breaks the graph raises."""
+    torch._dynamo.reset()
+    results = []
+    for run in (torch.compile(call, fullgraph=True, backend="aot_eager"), call):
+        made = run(*leaves)
+        made = made if isinstance(made, tuple) else (made,)
+        grads = torch.autograd.grad(made, leaves, [draw(*y.shape, seed=7).to(y.dtype) for y in made])
+        results.append([*made, *grads])
+    return zip(*results, strict=True)
+
+
+def test_norm_under_compile():
+    x, branch = draw(3, 6).float().requires_grad_(), draw(3, 6, seed=1).to(BF16).requires_grad_()
+    weight = draw(6, seed=2).to(BF16).requires_grad_()
+    for found, eager in compiled_and_eager(lambda *t: residual_rms_norm(*t, EPS), x, branch, weight):
+        torch.testing.assert_close(found, eager)
+    for found, eager in compiled_and_eager(lambda x, w: rms_norm(x, w, EPS), x, weight):
+        torch.testing.assert_close(found, eager)
+
+
+def test_swiglu_under_compile():
+    gate, up = draw(3, 10).float().split(5, -1)
+    gate, up = gate.detach().requires_grad_(), up.detach().requires_grad_()
+    for found, eager in compiled_and_eager(swiglu, gate, up):
+        torch.testing.assert_close(found, eager)
+
+
+def test_rope_and_stacked_products_under_compile():
+    cos, sin = tables(3, 4)
+    x, w = draw(2, 3, 6).float().requires_grad_(), draw(16, 6, seed=1).float()
+    weights = [part.detach().requires_grad_() for part in w.split([8, 4, 4])]
+
+    def call(x, *weights):
+        q, k, v = (y.unflatten(-1, (-1, 4)) for y in stacked_linear(x, weights))
+        return rope(q, k, cos, sin, v)
+
+    for found, eager in compiled_and_eager(call, x, *weights):
+        torch.testing.assert_close(found, eager)
 
 
 def test_wrong_calls():

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from whp_kernels.layers.columns import split_columns, whole_of
+
 
 def rms_norm(
     x: Tensor, branch: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
@@ -56,9 +58,23 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     return torch.ops.whp_kernels_C.rope(x, cos.contiguous(), sin.contiguous(), inverse)
 
 
+def rope_heads(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    inverse: bool,
+    in_one: bool = False,
+) -> tuple[Tensor, ...]:
+    made = [rope(q, cos, sin, inverse), rope(k, cos, sin, inverse)] + ([] if v is None else [v.clone()])
+    return tuple(split_columns(whole_of(made, 2), made, 2) if in_one else made)
+
+
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return torch.ops.whp_kernels_C.swiglu(gate.contiguous(), up.contiguous())
 
 
-def swiglu_backward(g: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.ops.whp_kernels_C.swiglu_backward(g.contiguous(), gate.contiguous(), up.contiguous())
+def swiglu_backward(g: Tensor, gate: Tensor, up: Tensor, in_one: bool = False) -> tuple[Tensor, Tensor]:
+    made = torch.ops.whp_kernels_C.swiglu_backward(g.contiguous(), gate.contiguous(), up.contiguous())
+    return tuple(split_columns(whole_of(made), made)) if in_one else made

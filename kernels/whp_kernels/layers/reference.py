@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from whp_kernels.layers.columns import split_columns, whole_of
+
 
 def wide(*tensors: Tensor) -> torch.dtype:
     """The dtype to compute in: float32 or wider."""
@@ -82,16 +84,40 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     return torch.addcmul(x * cos, x.roll(half, -1), sin).to(x.dtype)
 
 
+def rope_heads(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    inverse: bool,
+    in_one: bool = False,
+) -> tuple[Tensor, ...]:
+    """:func:`rope` of queries and keys, and a copy of the values if they are given.
+
+    Args:
+        q, k, v: [B, T, heads, D], each with its number of heads.
+        in_one: write the results beside each other, as columns of one tensor [B, T, all heads * D].
+    """
+    made = [rope(q, cos, sin, inverse), rope(k, cos, sin, inverse)] + ([] if v is None else [v.clone()])
+    return tuple(split_columns(whole_of(made, 2), made, 2) if in_one else made)
+
+
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """gate * sigmoid(gate) * up."""
     g = gate.to(wide(gate))
     return (torch.sigmoid(g).mul_(g).mul_(up)).to(gate.dtype)
 
 
-def swiglu_backward(g: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """With s = sigmoid(gate): d_gate = g * up * s * (1 + gate * (1 - s)), d_up = g * gate * s."""
+def swiglu_backward(g: Tensor, gate: Tensor, up: Tensor, in_one: bool = False) -> tuple[Tensor, Tensor]:
+    """With s = sigmoid(gate): d_gate = g * up * s * (1 + gate * (1 - s)), d_up = g * gate * s.
+
+    Args:
+        in_one: write both beside each other, as the halves of one tensor [..., 2 * width].
+    """
     x = gate.to(wide(gate))
     s = torch.sigmoid(x)
     d_up = s * x * g
     d_gate = torch.addcmul(torch.ones_like(s), x, 1 - s).mul_(s).mul_(up).mul_(g)
-    return d_gate.to(gate.dtype), d_up.to(up.dtype)
+    made = [d_gate.to(gate.dtype), d_up.to(up.dtype)]
+    return tuple(split_columns(whole_of(made), made) if in_one else made)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from whp_kernels.layers.dispatch import backend
@@ -21,8 +20,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = 
     Returns:
         the shape of x, in ``dtype``.
     """
-    if x.is_cuda and x.dtype == weight.dtype:
-        return F.rms_norm(x, weight.shape, weight, eps).to(dtype or weight.dtype)  # one kernel of torch's
     return residual_rms_norm(x, None, weight, eps, dtype)[1]
 
 
@@ -59,8 +56,7 @@ def residual_rms_norm(
 class _ResidualRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, branch, weight, eps, dtype):
-        ctx.backend = backend(x, branch, weight)
-        total, out, scale = ctx.backend.rms_norm(x, branch, weight, eps, dtype)
+        total, out, scale = backend(x, branch, weight).rms_norm(x, branch, weight, eps, dtype)
         ctx.save_for_backward(total, weight, scale)
         ctx.branch_dtype = None if branch is None else branch.dtype
         ctx.set_materialize_grads(False)
@@ -73,7 +69,7 @@ class _ResidualRMSNorm(torch.autograd.Function):
             whole = g_sum is None or branch_dtype is None
             return g_sum, None if whole else g_sum.to(branch_dtype), None, None, None
         total, weight, scale = ctx.saved_tensors
-        g_x, g_branch, g_weight = ctx.backend.rms_norm_backward(
+        g_x, g_branch, g_weight = backend(g_out, g_sum, total, weight).rms_norm_backward(
             g_out, g_sum, total, weight, scale, branch_dtype, ctx.needs_input_grad[2]
         )
         return g_x, g_branch, g_weight, None, None

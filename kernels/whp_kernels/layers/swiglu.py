@@ -5,11 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from whp_kernels.layers.columns import are_columns
 from whp_kernels.layers.dispatch import backend
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, computed in float32 or wider and rounded once. The backward needs gate and up only.
+
+    Of a gate and up that are columns of one tensor the gradients are columns of one tensor too.
 
     Args:
         gate, up: [..., width] of one dtype.
@@ -32,10 +35,10 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up):
         ctx.save_for_backward(gate, up)
-        ctx.backend = backend(gate, up)
-        return ctx.backend.swiglu(gate, up)
+        ctx.in_one = not torch.compiler.is_compiling() and are_columns((gate, up))
+        return backend(gate, up).swiglu(gate, up)
 
     @staticmethod
     def backward(ctx, g):
         gate, up = ctx.saved_tensors
-        return ctx.backend.swiglu_backward(g, gate, up)
+        return backend(g, gate, up).swiglu_backward(g, gate, up, ctx.in_one)

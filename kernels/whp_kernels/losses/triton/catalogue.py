@@ -22,6 +22,7 @@ SOURCES = (
     "whp_kernels.losses.triton.row_cases:cases",
     "whp_kernels.losses.triton.linear_cases:cases",
     "whp_kernels.optim.triton_cases:cases",
+    "whp_kernels.layers.triton.cases:cases",
 )
 """``module:generator`` of each group of kernels."""
 
