@@ -1,184 +1,434 @@
-"""Attention against its definition in float64, for all backends."""
+"""Attention over packed sequences: every backend against its definition in float64; which one is taken."""
 
 import itertools
+import sys
+import types
 
 import pytest
 import torch
+from whp_kernels.layers import has_causal_attention
 
-import whp_fast.attention
-from whp_fast.attention import BLOCK, LONGEST_BLOCKED, attention, causal_mask
+from whp_fast import attention as module
+from whp_fast import attention_backends
+from whp_fast.attention import attention, backend, choose, resolve
+from whp_fast.attention_backends import Unavailable, make
+from whp_fast.errors import UserError
+from whp_fast.packing import Packing
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(params=["compiled", "blocked"])
-def on_cpu(request, monkeypatch):
-    """Both backends for causal bfloat16 on the CPU."""
-    compiled = request.param == "compiled"
-    if compiled and not whp_fast.attention.has_causal_attention(torch.bfloat16):
-        pytest.skip("no compiled attention on this machine")
-    monkeypatch.setattr(
-        whp_fast.attention, "has_causal_attention", lambda dtype: compiled and dtype == torch.bfloat16
-    )
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
+LENGTHS = [(9,), (5, 5, 5), (1, 7, 0, 3, 3, 12), (70, 1, 130)]
+WINDOWS = [None, 1, 4, 100]
 
 
-def definition(q, k, v, causal=True, window=None, key_mask=None):
-    """One query at a time, one head at a time."""
-    out = torch.zeros(*q.shape[:3], v.shape[3], dtype=q.dtype)
-    (b, heads, length, d), (kv_heads, keys) = q.shape, k.shape[1:3]
-    for row, head, i in itertools.product(range(b), range(heads), range(length)):
-        place = keys - length + i
-        seen = [
-            j
-            for j in range(keys)
-            if (not causal or j <= place)
-            and (window is None or j > place - window)
-            and (key_mask is None or key_mask[row, j])
-        ]
-        if seen:
-            kv = head // (heads // kv_heads)
-            weights = torch.softmax(k[row, kv, seen] @ q[row, head, i] / d**0.5, 0)
-            out[row, head, i] = weights @ v[row, kv, seen]
+@pytest.fixture(autouse=True)
+def as_it_was(monkeypatch):
+    """No choice of a test outlives it."""
+    monkeypatch.setattr(module, "_wanted", "auto")
+    monkeypatch.setattr(module, "_resolved", {})
+
+
+def definition(q, k, v, lengths, window):
+    """One sequence, one head and one query at a time; differentiable."""
+    out = torch.zeros_like(q)
+    group = q.shape[1] // k.shape[1]
+    for start, length in zip(itertools.accumulate(lengths, initial=0), lengths):
+        for head, i in itertools.product(range(q.shape[1]), range(length)):
+            first = 0 if window is None else max(0, i - window + 1)
+            seen = slice(start + first, start + i + 1)
+            scores = k[seen, head // group] @ q[start + i, head] / q.shape[-1] ** 0.5
+            out[start + i, head] = torch.softmax(scores, 0) @ v[seen, head // group]
     return out
 
 
-def make(b, heads, kv_heads, length, keys, d, dtype=torch.float64, seed=0):
-    """q, k, v as a model makes them: [B, T, heads, D] seen as [B, heads, T, D], not contiguous."""
+def by_mask(q, k, v, lengths, window):
+    """The same with one mask over all: fast, and the definition's equal (see below)."""
+    number = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(q.device)
+    place = torch.arange(len(q), device=q.device)
+    seen = (number[:, None] == number) & (place[:, None] >= place)
+    if window is not None:
+        seen &= place[:, None] - place < window
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+    scores = torch.einsum("ihd,jhd->hij", q, k) / q.shape[-1] ** 0.5
+    return torch.einsum("hij,jhd->ihd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
+
+
+def make_inputs(lengths, heads=4, kv_heads=2, width=16, dtype=F64, device=CPU, seed=0):
+    """q, k, v and a gradient of the result; q, k and v are slices of one tensor, as a stacked product's."""
     g = torch.Generator().manual_seed(seed)
-    shapes = (length, heads), (keys, kv_heads), (keys, kv_heads)
-    return [
-        torch.randn(b, t, h, d, dtype=torch.float64, generator=g).to(dtype).transpose(1, 2) for t, h in shapes
-    ]
+    every = torch.randn(sum(lengths), 2 * heads + 2 * kv_heads, width, dtype=F64, generator=g)
+    return every.to(device, dtype).split([heads, kv_heads, kv_heads, heads], dim=1)
 
 
-@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2), (3, 1)])
+def with_gradients(function, q, k, v, g):
+    inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+    out = function(*inputs)
+    assert out.dtype == q.dtype and out.shape == q.shape
+    return [out.detach(), *torch.autograd.grad(out, inputs, g)]
+
+
+def close(found, exact, tolerance):
+    """By norm, and a result that is wrong by a factor would be noticed."""
+    for a, b in zip(found, exact, strict=True):
+        if b.norm() == 0:
+            assert a.abs().max() < 1e-5
+            continue
+        error = [((c * a.double().to(b.device) - b).norm() / b.norm()).item() for c in (1, 0, -1, 2, 0.9)]
+        assert error[0] < tolerance < min(error[1:]), error
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_the_mask_is_the_definition(window):
+    lengths = LENGTHS[2]
+    q, k, v, g = make_inputs(lengths)
+    found = with_gradients(lambda *t: by_mask(*t, lengths, window), q, k, v, g)
+    exact = with_gradients(lambda *t: definition(*t, lengths, window), q, k, v, g)
+    for a, b in zip(found, exact):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+
+
 @pytest.mark.parametrize(
-    "length, keys, causal, window",
+    "name, dtype", [("compiled", F32), ("compiled", BF16), ("sdpa", F32), ("sdpa", BF16)]
+)
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize("window", WINDOWS)
+def test_on_a_cpu(name, dtype, lengths, window):
+    if name == "compiled" and not has_causal_attention(dtype):
+        pytest.skip("no compiled attention on this machine")
+    choose(name, CPU, dtype)
+    packing = Packing.of(lengths)
+    for kv_heads in (4, 1):
+        inputs = make_inputs(lengths, kv_heads=kv_heads, dtype=dtype)
+        found = with_gradients(lambda *t: attention(*t, packing, window=window), *inputs)
+        wide = [x.double() for x in inputs]
+        exact = with_gradients(lambda *t: by_mask(*t, lengths, window), *wide)
+        close(found, exact, 5e-6 if dtype == F32 else 0.015)
+
+
+@pytest.mark.parametrize("name", ["compiled", "sdpa"])
+def test_no_token_at_all(name):
+    if name == "compiled" and not has_causal_attention(F32):
+        pytest.skip("no compiled attention on this machine")
+    choose(name, CPU, F32)
+    for lengths in ((), (0, 0)):
+        q, k, v, _ = make_inputs(lengths, dtype=F32)
+        assert attention(q, k, v, Packing.of(lengths)).shape == q.shape
+
+
+# ------------------------------------------------------------------------------------- libraries for GPUs
+
+
+class Recorder:
+    """Stands in for a function of a library: computes by the definition what its arguments ask for."""
+
+    def __init__(self):
+        self.calls = []
+
+    def compute(self, q, k, v, ends_q, ends_k, longest_q, longest_k, causal, left, right, **others):
+        self.calls.append(dict(causal=causal, left=left, right=right, **others))
+        assert ends_q is ends_k  # cuDNN takes the batch for causal only then
+        assert ends_q.dtype == torch.int32 and isinstance(longest_q, int) and longest_q == longest_k
+        lengths = ends_q.diff().tolist()
+        assert longest_q == max(lengths) and q.dtype == k.dtype == v.dtype == BF16
+        assert right == 0 or (causal and left in (None, -1))
+        window = None if left in (None, -1) else left + 1
+        return by_mask(*(x.double() for x in (q, k, v)), lengths, window).to(q.dtype)
+
+
+def flash_attn_2(recorder):
+    def flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        dropout_p=0.0,
+        softmax_scale=None,
+        causal=False,
+        window_size=(-1, -1),
+        softcap=0.0,
+        alibi_slopes=None,
+        deterministic=False,
+        return_attn_probs=False,
+        block_table=None,
+    ):
+        assert dropout_p == softcap == 0 and softmax_scale is alibi_slopes is block_table is None
+        ends = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        return recorder.compute(q, k, v, *ends, causal, *window_size, deterministic=deterministic)
+
+    fake = types.ModuleType("flash_attn")
+    fake.flash_attn_varlen_func = flash_attn_varlen_func
+    return {"flash_attn": fake}
+
+
+def flash_attn_4(recorder):
+    def flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        cu_seqlens_q=None,
+        cu_seqlens_k=None,
+        max_seqlen_q=None,
+        max_seqlen_k=None,
+        seqused_q=None,
+        seqused_k=None,
+        page_table=None,
+        softmax_scale=None,
+        causal=False,
+        window_size=(None, None),
+        learnable_sink=None,
+        softcap=0.0,
+        num_splits=1,
+        pack_gqa=None,
+        deterministic=False,
+        return_lse=False,
+    ):
+        assert seqused_q is seqused_k is page_table is softmax_scale is learnable_sink is None
+        assert -1 not in window_size
+        ends = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        return recorder.compute(q, k, v, *ends, causal, *window_size, deterministic=deterministic), None
+
+    package, fake = types.ModuleType("flash_attn"), types.ModuleType("flash_attn.cute")
+    fake.flash_attn_varlen_func = flash_attn_varlen_func
+    package.cute = fake
+    return {"flash_attn": package, "flash_attn.cute": fake}
+
+
+def varlen_today(recorder):
+    def varlen_attn(
+        query,
+        key,
+        value,
+        cu_seq_q,
+        cu_seq_k,
+        max_q,
+        max_k,
+        *,
+        return_aux=None,
+        scale=None,
+        window_size=(-1, -1),
+        enable_gqa=False,
+        seqused_k=None,
+        block_table=None,
+        num_splits=None,
+    ):
+        assert enable_gqa == (query.shape[1] != key.shape[1]) and return_aux is scale is None
+        ends = (cu_seq_q, cu_seq_k, max_q, max_k)
+        return recorder.compute(query, key, value, *ends, window_size == (-1, 0), *window_size)
+
+    return varlen(varlen_attn)
+
+
+def varlen_without_groups(recorder):
+    def varlen_attn(
+        query,
+        key,
+        value,
+        cu_seq_q,
+        cu_seq_k,
+        max_q,
+        max_k,
+        *,
+        return_aux=None,
+        scale=None,
+        window_size=(-1, -1),
+    ):
+        assert query.shape[1] == key.shape[1] == value.shape[1]
+        ends = (cu_seq_q, cu_seq_k, max_q, max_k)
+        return recorder.compute(query, key, value, *ends, window_size == (-1, 0), *window_size)
+
+    return varlen(varlen_attn)
+
+
+def varlen_of_old(recorder):
+    def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
+        assert query.shape[1] == key.shape[1] == value.shape[1]
+        ends = (cu_seq_q, cu_seq_k, max_q, max_k)
+        return recorder.compute(query, key, value, *ends, is_causal, -1, 0)
+
+    return varlen(varlen_attn)
+
+
+def varlen(function):
+    fake = types.ModuleType("torch.nn.attention.varlen")
+    fake.varlen_attn = function
+    return {"torch.nn.attention.varlen": fake}
+
+
+NOTHING = {"flash_attn": None, "flash_attn.cute": None, "torch.nn.attention.varlen": None}
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """``on_gpu(capability, *libraries)``: as if there was such a GPU, with these libraries alone."""
+
+    def installed(capability, *libraries):
+        monkeypatch.setattr(attention_backends, "capability", lambda device: capability)
+        found = dict(NOTHING)
+        for library in libraries:
+            found |= library
+        for name, fake in found.items():
+            monkeypatch.setitem(sys.modules, name, fake)
+
+    return installed
+
+
+LIBRARIES = {
+    "flash-attn": ("flash-attn", flash_attn_2, (8, 0), True),
+    "flash-attn-4": ("flash-attn-4", flash_attn_4, (10, 0), True),
+    "flash-attn-4 on Hopper": ("flash-attn-4", flash_attn_4, (9, 0), False),
+    "varlen": ("varlen", varlen_today, (9, 0), True),
+    "varlen without groups": ("varlen", varlen_without_groups, (9, 0), True),
+    "varlen of old": ("varlen", varlen_of_old, (8, 0), False),
+}
+
+
+@pytest.mark.parametrize("kind", LIBRARIES)
+@pytest.mark.parametrize("window", [None, 3])
+def test_how_a_library_is_called(kind, window, on_gpu):
+    """Tensors lie on the CPU here; what the library is asked for is the definition."""
+    name, library, capability, windows = LIBRARIES[kind]
+    recorder = Recorder()
+    on_gpu(capability, library(recorder))
+    chosen = make(name, GPU, BF16)
+    assert (
+        chosen.name == name
+        and chosen.serves(64, None)
+        and chosen.serves(64, window) == (windows or not window)
+    )
+    assert not chosen.serves(12, None) and not chosen.serves(320, None)
+    if not chosen.serves(64, window):
+        return
+    lengths = (5, 1, 8)
+    for kv_heads in (4, 2):
+        q, k, v, _ = make_inputs(lengths, kv_heads=kv_heads, dtype=BF16)
+        out = chosen.run(q, k, v, Packing.of(lengths), window)
+        exact = by_mask(*(x.double() for x in (q, k, v)), lengths, window)
+        assert out.dtype == BF16 and (out.double() - exact).norm() < 0.01 * exact.norm()
+    assert len(recorder.calls) == 2 and all(call["causal"] or call["left"] == 2 for call in recorder.calls)
+
+
+@pytest.mark.parametrize("kind", ["flash-attn", "flash-attn-4", "flash-attn-4 on Hopper"])
+def test_the_deterministic_mode_is_passed_on(kind, on_gpu, monkeypatch):
+    """But not to what refuses it."""
+    name, library, capability, _ = LIBRARIES[kind]
+    recorder = Recorder()
+    on_gpu(capability, library(recorder))
+    q, k, v, _ = make_inputs((4,), dtype=BF16)
+    for asked in (False, True):
+        monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda answer=asked: answer)
+        make(name, GPU, BF16).run(q, k, v, Packing.of((4,)), None)
+    assert [call["deterministic"] for call in recorder.calls] == [False, not kind.endswith("Hopper")]
+
+
+def test_what_is_taken_on_which_gpu(on_gpu):
+    everything = [flash_attn_4(Recorder()) | flash_attn_2(Recorder()), varlen_today(Recorder())]
+    everything[0]["flash_attn"].cute = everything[0]["flash_attn.cute"]
+    expected = {(10, 0): "flash-attn-4", (9, 0): "flash-attn", (8, 6): "flash-attn", (12, 0): "flash-attn"}
+    for capability, name in {**expected, (7, 5): "sdpa"}.items():
+        on_gpu(capability, *everything)
+        module._resolved.clear()
+        assert backend(GPU, BF16)[0] == name
+        assert backend(GPU, F32)[0] == "sdpa"
+    on_gpu((9, 0), flash_attn_4(Recorder()), varlen_today(Recorder()))
+    module._resolved.clear()
+    assert backend(GPU, BF16) == ("varlen", "varlen_attn of torch")
+    on_gpu((9, 0))
+    assert backend(GPU, BF16)[0] == "varlen"  # looked for once
+    choose("auto", GPU, BF16)
+    assert backend(GPU, BF16)[0] == "sdpa"
+
+
+def test_a_head_that_a_library_does_not_take(on_gpu):
+    """Rows of 12 numbers: the library is left out for them alone."""
+    recorder = Recorder()
+    on_gpu((9, 0), flash_attn_2(recorder))
+    chosen = make("flash-attn", GPU, BF16)
+    module._resolved[CPU, BF16] = chosen
+    q, k, v, _ = make_inputs((4, 2), width=12, dtype=BF16)
+    out = attention(q, k, v, Packing.of((4, 2)))
+    exact = by_mask(*(x.double() for x in (q, k, v)), (4, 2), None)
+    assert not recorder.calls and (out.double() - exact).norm() < 0.01 * exact.norm()
+    attention(*make_inputs((4, 2), dtype=BF16)[:3], Packing.of((4, 2)))
+    assert len(recorder.calls) == 1
+
+
+# ------------------------------------------------------------------------------------------- the setting
+
+
+def test_a_named_backend_is_taken(on_gpu):
+    on_gpu((9, 0), flash_attn_2(Recorder()), varlen_today(Recorder()))
+    choose("varlen", GPU, BF16)
+    assert backend(GPU, BF16) == ("varlen", "model.attention")
+    assert backend(GPU, F32)[0] == "sdpa"  # the label stage's dtype, which varlen never takes
+    choose("sdpa", CPU, F32)
+    assert resolve(CPU, F32).name == "sdpa"
+
+
+@pytest.mark.parametrize(
+    "setting, device, dtype, message",
     [
-        (1, 1, True, None),
-        (9, 9, True, None),
-        (9, 9, True, 1),
-        (9, 9, True, 4),
-        (9, 9, True, 9),
-        (9, 9, True, 100),
-        (9, 9, False, None),
-        (4, 9, True, None),
-        (4, 9, True, 3),
-        (1, 9, True, None),
-        (1, 9, True, 3),
-        (1, 9, False, None),
+        ("flash", CPU, F32, "model.attention: 'flash' is none of auto, flash-attn, .*; set one of them"),
+        (
+            "flash-attn",
+            CPU,
+            BF16,
+            r"cannot be used \(it runs on CUDA GPUs, and the device is cpu\); set model",
+        ),
+        (
+            "flash-attn",
+            GPU,
+            BF16,
+            r"cannot be used \(.*\); run `pip install flash-attn --no-build-isol.*`, or",
+        ),
+        ("flash-attn-4", GPU, BF16, "run `pip install --pre flash-attn-4`, or set model.attention auto"),
+        ("varlen", GPU, F32, "takes bfloat16 and float16, and the products are in float32"),
+        ("compiled", GPU, BF16, "it runs on the CPU, and the device is cuda"),
+        ("compiled", CPU, F64, "does not take float64|missing|cannot be loaded"),
     ],
 )
-@pytest.mark.parametrize("masked", [False, True])
-def test_against_definition(heads, kv_heads, length, keys, causal, window, masked):
-    q, k, v = make(2, heads, kv_heads, length, keys, 6)
-    key_mask = None
-    if masked:
-        key_mask = torch.rand(2, keys, generator=torch.Generator().manual_seed(3)) < 0.6
-        key_mask[0] = False  # a row with nothing to see gives 0, no NaN
-    found = attention(q, k, v, causal=causal, window=window, key_mask=key_mask)
-    assert found.shape == q.shape
-    torch.testing.assert_close(found, definition(q, k, v, causal, window, key_mask), atol=1e-12, rtol=0)
+def test_what_cannot_be_used_is_told(setting, device, dtype, message, on_gpu):
+    on_gpu((9, 0))
+    with pytest.raises(UserError, match=message):
+        choose(setting, device, dtype)
+    assert module._wanted == "auto"
 
 
-def error(found, exact):
-    return ((found.double() - exact).norm() / exact.norm()).item()
+def test_gpus_that_a_library_does_not_know(on_gpu):
+    on_gpu((8, 0), flash_attn_4(Recorder()))
+    with pytest.raises(Unavailable, match="compute capability 9.0 or more"):
+        make("flash-attn-4", GPU, BF16)
+    on_gpu((12, 0), flash_attn_4(Recorder()))
+    with pytest.raises(Unavailable, match=r"no kernels for compute capability 12\.x"):
+        make("flash-attn-4", GPU, BF16)
 
 
-def run(q, k, v, g, **options):
-    inputs = [x.detach().clone().requires_grad_() for x in (q, k, v)]
-    out = attention(*inputs, **options)
-    assert out.dtype == q.dtype
-    return [out.detach(), *torch.autograd.grad(out, inputs, g.to(out.dtype))]
+# --------------------------------------------------------------------------------------------- on a GPU
 
 
-@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (6, 2), (3, 1)])
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 @pytest.mark.parametrize(
-    "length, window",
-    [(2, None), (BLOCK, None), (BLOCK + 1, None), (150, None), (150, 1), (150, 40), (150, BLOCK), (200, 100)],
+    "name, dtype",
+    [(n, BF16) for n in ("flash-attn", "flash-attn-4", "varlen")] + [("sdpa", F32), ("sdpa", BF16)],
 )
-def test_against_float64(on_cpu, heads, kv_heads, length, window):
-    q, k, v = make(2, heads, kv_heads, length, length, 16, torch.bfloat16, seed=length)
-    g = torch.randn(q.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
-    exact = run(q.double(), k.double(), v.double(), g, window=window)
-    found = run(q, k, v, g, window=window)
-    for name, a, b in zip(("out", "dq", "dk", "dv"), found, exact, strict=True):
-        if window == 1 and name in ("dq", "dk"):
-            assert a.abs().max() == b.abs().max() == 0  # a softmax of one key is constant
-        else:
-            assert error(a, b) < 0.012, name
-            # The tolerance sees a gradient of the wrong size or sign.
-            assert min(error(a * c, b) for c in (0.0, -1.0, 2.0, 0.9)) > 0.05
-
-
-def test_is_no_worse_than_eager(on_cpu):
-    """Within twice the error of the same arithmetic written out in torch: bf16 scores and bf16 weights."""
-    q, k, v = make(2, 6, 2, 200, 200, 32, torch.bfloat16)
-    q = q * 3
-    g = torch.randn(q.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
-    exact, found = run(q.double(), k.double(), v.double(), g), run(q, k, v, g)
-
-    inputs = [x.detach().clone().requires_grad_() for x in (q, k, v)]
-    scores = inputs[0] @ inputs[1].repeat_interleave(3, 1).transpose(2, 3) * 32**-0.5
-    scores = scores.masked_fill(~causal_mask(200, 200, None, "cpu"), float("-inf"))
-    out = torch.softmax(scores.float(), -1).bfloat16() @ inputs[2].repeat_interleave(3, 1)
-    eager = [out.detach(), *torch.autograd.grad(out, inputs, g)]
-    for a, b, c in zip(found, eager, exact, strict=True):
-        assert error(a, c) < 2 * error(b, c)
-
-
-def test_gradients_of_keys_seen_by_many_blocks(on_cpu):
-    """Sums over blocks are kept in float32: kept in bf16 these errors are 0.007."""
-    q, k, v = make(1, 2, 2, 1000, 1000, 16, torch.bfloat16)
-    g = torch.randn(q.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
-    exact, found = run(q.double(), k.double(), v.double(), g), run(q, k, v, g)
-    assert max(error(a, b) for a, b in zip(found, exact, strict=True)) < 0.006
-
-
-def test_second_backward_and_partial_gradients(on_cpu):
-    q, k, v = make(1, 4, 2, 70, 70, 8, torch.bfloat16)
-    v = v.detach().requires_grad_()
-    out = attention(q, k, v)
-    first = torch.autograd.grad(out.sum(), v, retain_graph=True)[0]
-    assert torch.equal(first, torch.autograd.grad(out.sum(), v)[0])
-
-
-def test_longer_than_the_blocked_backend_takes(on_cpu):
-    q, k, v = make(1, 1, 1, LONGEST_BLOCKED + 3, LONGEST_BLOCKED + 3, 4, torch.bfloat16)
-    exact = attention(q.double(), k.double(), v.double(), window=50)
-    assert error(attention(q, k, v, window=50), exact) < 0.01
-
-
-def test_which_backend(monkeypatch):
-    """The compiled one wherever it can be; SDPA for masks, single queries, other dtypes and no causality."""
-    called = []
-    monkeypatch.setattr(whp_fast.attention, "has_causal_attention", lambda dtype: dtype != torch.float64)
-    monkeypatch.setattr(
-        whp_fast.attention, "causal_attention", lambda q, k, v, window: called.append(window) or q
-    )
-    q, k, v = make(1, 2, 1, 5, 9, 4, torch.bfloat16)
-    assert attention(q, k, v, window=3).shape == q.shape and called == [3]
-    attention(q.float(), k.float(), v.float(), window=9)
-    assert called == [3, None]
-    for tensors, options in (
-        ((q, k, v), {"causal": False}),
-        ((q, k, v), {"key_mask": torch.ones(1, 9, dtype=torch.bool)}),
-        ((q[:, :, :1], k, v), {}),
-        ((q.double(), k.double(), v.double()), {}),
-    ):
-        attention(*tensors, **options)
-    assert len(called) == 2
-
-
-def test_wrong_calls():
-    q, k, v = make(1, 2, 2, 4, 3, 4)
-    with pytest.raises(ValueError, match="4 queries"):
-        attention(q, k, v)
-    with pytest.raises(ValueError, match="needs causal=True"):
-        attention(q, k, v, causal=False, window=2)
+@pytest.mark.parametrize("lengths", [*LENGTHS, (512, 512, 37)], ids=str)
+@pytest.mark.parametrize("window", WINDOWS)
+def test_on_a_gpu(name, dtype, lengths, window):
+    device = torch.device("cuda", torch.cuda.current_device())
+    try:
+        chosen = make(name, device, dtype)
+    except Unavailable as why:
+        pytest.skip(str(why))
+    if not chosen.serves(64, window):
+        pytest.skip("it takes no window here")
+    choose(name, device, dtype)
+    packing = Packing.of(lengths).pin().to(device)
+    for kv_heads in (4, 1):
+        inputs = make_inputs(lengths, kv_heads=kv_heads, width=64, dtype=dtype, device=device)
+        found = with_gradients(lambda *t: attention(*t, packing, window=window), *inputs)
+        wide = [x.double() for x in inputs]
+        exact = with_gradients(lambda *t: by_mask(*t, lengths, window), *wide)
+        close(found, exact, 1e-4 if dtype == F32 else 0.015)

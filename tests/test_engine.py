@@ -10,34 +10,28 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
-from hypothesis import strategies as st
-from tiny_training import CONTEXT, DEFAULTS, VOCAB, corpus, fit, label_objective, masters, take, tiny_model
+from tiny_training import (
+    CONTEXT,
+    DEFAULTS,
+    VOCAB,
+    corpus,
+    fit,
+    label_objective,
+    masters,
+    run,
+    take,
+    tiny_model,
+    unchanged,
+)
 
 from whp_fast.adapters import add_adapter, use_adapter
 from whp_fast.config import MemoryConfig, TrainConfig
 from whp_fast.corpus import Blocks
-from whp_fast.engine import Keeping, plan_steps, schedule_factor
-from whp_fast.errors import UserError
+from whp_fast.engine import Keeping, plan_steps
+from whp_fast.packing import pack
 from whp_fast.snapshots import Snapshots
 from whp_fast.stopping import Stopped
 from whp_fast.trainee import Trainee
-
-
-def run(model=None, data=None, labels="own", seed=5, dtype=torch.float32, look=None, memory=None, **settings):
-    """(records, exact weights) after training."""
-    blocks, own = data or corpus()
-    after = []
-    trainee = take(model or tiny_model(), memory, dtype, **settings)
-    records = fit(
-        trainee,
-        [label_objective((blocks, own if isinstance(labels, str) else labels))],
-        seed=seed,
-        after_step=lambda step: (after.append(step), look and look(step)),
-        **settings,
-    )
-    assert after == list(range(len(records) + 1)) and [r.step for r in records] == after[1:]
-    return records, masters(trainee)
 
 
 def assert_close(one, other, atol=1e-6):
@@ -205,12 +199,11 @@ def gradients_of(model, micro_batches, count):
     targets = label_objective().targets
     total = {name: torch.zeros(p.shape, dtype=torch.float64) for name, p in model.named_parameters()}
     for numbers in micro_batches:
-        rows = [torch.from_numpy(blocks[int(n)].astype(np.int64)) for n in numbers]
-        hidden = model.hidden_states(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True))
+        ids, packing = pack([blocks[int(n)] for n in numbers])
         targets.loss(
-            hidden,
+            model.hidden_states(ids, packing=packing),
             model.lm_head_weight,
-            numbers,
+            targets.prepare(numbers),
             num_items_in_batch=count,
             compute_dtype=torch.bfloat16,
             chunk_mib=256,
@@ -468,164 +461,3 @@ def test_losses_are_those_of_earlier_versions():
     expected = json.loads(GOLDEN.read_text())
     assert len(expected) == 20 and expected[-1] < expected[0]
     assert golden_losses() == pytest.approx(expected, rel=1e-5)
-
-
-# ---------------------------------------------------------------------------------------------- failures
-
-
-def poisoned_run(poison, step, **settings):
-    """Train with something broken after a step; the error and the parameters before and after it."""
-    model, (blocks, labels) = tiny_model(), corpus()
-    before = {}
-
-    def after_step(number):
-        if number == step:
-            poison(model)
-            before.update({name: p.detach().clone() for name, p in model.named_parameters()})
-
-    done = []
-    with pytest.raises(UserError) as caught:
-        fit(
-            take(model, **settings),
-            [label_objective((blocks, labels))],
-            after_step=after_step,
-            done=done,
-            **settings,
-        )
-    assert [record.step for record in done] == list(range(1, step + 1))
-    for name, p in model.named_parameters():
-        assert torch.equal(p.detach().nan_to_num(7.5), before[name].nan_to_num(7.5)), name
-    return str(caught.value)
-
-
-@pytest.mark.parametrize("step", [0, 1, 2])
-@pytest.mark.parametrize("clip", [0.0, 1.0])
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_loss_that_is_not_finite(value, clip, step):
-    def poison(model):
-        model.lm_head_weight.data[3, 2] = value
-
-    message = poisoned_run(poison, step, clip_grad_norm=clip)
-    assert f"step {step + 1} is not finite" in message and message.startswith("train: the loss (nan)")
-
-
-@pytest.mark.parametrize("clip", [0.0, 1.0])
-def test_gradient_that_is_not_finite(clip):
-    """A finite loss is not enough."""
-
-    def poison(model):
-        model.lm_head_weight.register_hook(lambda gradient: gradient * math.inf)
-
-    message = poisoned_run(poison, 1, clip_grad_norm=clip)
-    assert "step 2 is not finite" in message and "loss (nan)" not in message
-
-
-def test_step_without_a_label_makes_no_update():
-    blocks, labels = corpus()
-    plan = plan_steps(len(blocks), TrainConfig(**{**DEFAULTS, "batch_blocks": 1, "accumulate": 1}), 5)
-    second = int(plan[1][0])
-    labels = labels.copy()
-    labels[second * CONTEXT : (second + 1) * CONTEXT] = -100
-    seen = []
-    model = tiny_model()
-
-    def look(step):
-        seen.append({name: p.detach().clone() for name, p in model.named_parameters()})
-
-    records, _ = run(model, (blocks, labels), batch_blocks=1, accumulate=1, look=look)
-    assert records[1].trained == 0 and records[0].trained > 0 and len(records) == len(plan)
-    assert all(torch.equal(seen[1][name], seen[2][name]) for name in seen[1])
-    assert not all(torch.equal(seen[0][name], seen[1][name]) for name in seen[0])
-    assert not all(torch.equal(seen[2][name], seen[3][name]) for name in seen[2])
-
-
-@pytest.mark.parametrize("kind", ["no label", "no token"])
-def test_nothing_to_train_is_refused(kind):
-    blocks, labels = corpus()
-    if kind == "no token":
-        blocks, labels = Blocks.of(np.zeros(0, np.uint16), CONTEXT), np.zeros(0, np.int64)
-    with pytest.raises(UserError, match="train: no position of the corpus has a label"):
-        run(data=(blocks, np.full_like(labels, -100)))
-    with pytest.raises(UserError, match="no position"):
-        run(data=(Blocks.of(np.zeros(1, np.uint16), CONTEXT), None))
-
-
-def unchanged(parameters):
-    return all(torch.equal(p, parameters[name]) for name, p in tiny_model().named_parameters())
-
-
-# --------------------------------------------------------------------------------------------- the plan
-
-
-@given(
-    n_blocks=st.integers(1, 30),
-    epochs=st.sampled_from([0.3, 1.0, 1.5, 2.0, 3.0]),
-    batch_blocks=st.integers(1, 5),
-    accumulate=st.integers(1, 3),
-    seed=st.integers(0, 3),
-)
-def test_every_epoch_visits_every_block_once(n_blocks, epochs, batch_blocks, accumulate, seed):
-    settings = TrainConfig(epochs=epochs, batch_blocks=batch_blocks, accumulate=accumulate)
-    plan = plan_steps(n_blocks, settings, seed)
-    sizes = [len(numbers) for numbers in plan]
-    per_step = batch_blocks * accumulate
-    assert sum(sizes) == math.ceil(epochs * n_blocks)
-    assert all(size == per_step for size in sizes[:-1]) and 0 < sizes[-1] <= per_step
-    visits = np.concatenate(plan)
-    for begin in range(0, len(visits), n_blocks):
-        epoch = visits[begin : begin + n_blocks]
-        assert len(set(epoch.tolist())) == len(epoch) and 0 <= epoch.min() and epoch.max() < n_blocks
-    again = plan_steps(n_blocks, settings, seed)
-    assert all(np.array_equal(a, b) for a, b in zip(plan, again))
-
-
-def test_orders():
-    settings = TrainConfig(epochs=2.0, batch_blocks=50, accumulate=1)
-    first, second = plan_steps(50, settings, 0)
-    assert not np.array_equal(first, second) and not np.array_equal(first, np.arange(50))
-    assert not np.array_equal(plan_steps(50, settings, 1)[0], first)
-
-
-def test_exact_number_of_steps():
-    settings = TrainConfig(steps=7, epochs=1.0, batch_blocks=2, accumulate=2)
-    plan = plan_steps(5, settings, 0)
-    assert [len(numbers) for numbers in plan] == [4] * 7
-    assert sorted(np.concatenate(plan)[:25].tolist()) == sorted(list(range(5)) * 5)
-    assert plan_steps(0, settings, 0) == []
-
-
-# ------------------------------------------------------------------------------------------- the schedule
-
-
-def factors(n_steps, **settings):
-    settings = TrainConfig(**settings)
-    return [schedule_factor(step, n_steps, settings) for step in range(1, n_steps + 1)]
-
-
-def test_schedules():
-    assert factors(4, schedule="linear") == pytest.approx([1, 0.75, 0.5, 0.25])
-    assert factors(4, schedule="constant") == [1, 1, 1, 1]
-    cosine = [0.5 * (1 + math.cos(math.pi * k / 4)) for k in range(4)]
-    assert factors(4, schedule="cosine") == pytest.approx(cosine)
-    assert factors(1, schedule="linear") == factors(1, schedule="cosine") == [1]
-    assert factors(4, schedule="linear", final_lr_share=0.5) == pytest.approx([1, 0.875, 0.75, 0.625])
-    assert factors(4, schedule="constant", final_lr_share=0.5) == [1, 1, 1, 1]
-    with pytest.raises(UserError, match="train.final_lr_share: 1.5 is no share"):
-        factors(4, schedule="linear", final_lr_share=1.5)
-
-
-@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
-def test_warm_up(schedule):
-    with_warm_up = factors(7, schedule=schedule, warmup_steps=3)
-    assert with_warm_up[:3] == pytest.approx([0.25, 0.5, 0.75])
-    assert with_warm_up[3:] == pytest.approx(factors(4, schedule=schedule))
-    assert factors(2, schedule=schedule, warmup_steps=3) == pytest.approx([0.25, 0.5])
-
-
-def test_the_schedule_reaches_the_optimizer():
-    """With a learning rate of (nearly) 0 in the first step, nothing moves."""
-    _, parameters = run(steps=1, lr=1e-30)
-    assert unchanged(parameters)
-    records, _ = run(steps=4, schedule="linear", warmup_steps=1)
-    assert [r.lr for r in records] == pytest.approx([5e-4, 1e-3, 1e-3 * 2 / 3, 1e-3 / 3])
-    assert [r.tokens for r in records[:1]] == [80] and all(r.seconds >= 0 for r in records)

@@ -214,7 +214,8 @@ def divergence(run: Path, base: Path, student: Path, direction: str) -> float:
     total = 0.0
     for number in range(len(blocks)):
         hidden = model.hidden_states(torch.from_numpy(blocks[number][None].astype(np.int64)))
-        total += float(targets.loss(hidden, model.lm_head_weight, [number], num_items_in_batch=1))
+        prepared = targets.prepare([number])
+        total += float(targets.loss(hidden[0], model.lm_head_weight, prepared, num_items_in_batch=1))
     return total / targets.count(np.arange(len(blocks)))
 
 

@@ -214,7 +214,7 @@ def test_checkpointing_computes_again_what_it_says():
     class Count(TorchDispatchMode):
         def __torch_dispatch__(self, operator, types, arguments=(), options=None):
             name = operator._schema.name
-            products = ("aten::mm", "aten::addmm", "aten::bmm", "whp_kernels_C::causal_attention")
+            products = ("aten::mm", "aten::addmm", "aten::bmm", "whp_kernels_C::causal_attention_packed")
             counts["products"] += name in products
             counts["norms"] += name in ("whp_kernels_C::rms_norm", "aten::linalg_vector_norm")
             return operator(*arguments, **(options or {}))

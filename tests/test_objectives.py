@@ -1,4 +1,4 @@
-"""Labels as targets: how many a block has, what they cost, and blocks padded to one length."""
+"""Labels as targets: how many a block has, and what they cost."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from tiny_training import CONTEXT, VOCAB, corpus, tiny_model
 
-from whp_fast.corpus import padded
 from whp_fast.objectives import LabelTargets, Objective
 
 MASKED = -100
@@ -14,31 +13,17 @@ MASKED = -100
 
 def summed(hidden, head, rows):
     """Cross-entropy of whole logits in float64, added up; ``rows`` are one target a position, or -100."""
-    logits = (hidden.double() @ head.double().T).flatten(0, 1)
-    return F.cross_entropy(logits, torch.tensor(rows).flatten(), ignore_index=MASKED, reduction="sum").item()
-
-
-def test_blocks_are_padded_on_the_right():
-    blocks, _ = corpus(n_blocks=3, short=4)
-    rows = torch.from_numpy(padded([blocks[2], blocks[0]]))
-    assert rows.dtype == torch.int64 and rows.shape == (2, CONTEXT)
-    assert rows[0, :4].tolist() == blocks[2].tolist() and rows[0, 4:].tolist() == [0] * 6
-    assert rows[1].tolist() == blocks[0].tolist()
-    assert padded([blocks[2]]).shape == (1, 4)
+    logits = hidden.double() @ head.double().T
+    return F.cross_entropy(logits, torch.tensor(rows), ignore_index=MASKED, reduction="sum")
 
 
 @pytest.mark.parametrize("numbers", [[0], [8], [3, 8, 1]])
 def test_labels_of_blocks(numbers):
     blocks, labels = corpus()
     targets = LabelTargets(blocks, labels)
-    rows = []
-    for n in numbers:
-        here = labels[n * CONTEXT : (n + 1) * CONTEXT].tolist()
-        rows.append(here + [MASKED] * (CONTEXT - len(here)))
-    length = max(len(blocks[n]) for n in numbers)
-    rows = [row[:length] for row in rows]
-    assert targets.count(np.array(numbers)) == sum(label != MASKED for row in rows for label in row) > 0
-    check_loss(targets, numbers, rows, length)
+    rows = [label for n in numbers for label in labels[n * CONTEXT : (n + 1) * CONTEXT].tolist()]
+    assert targets.count(np.array(numbers)) == sum(label != MASKED for label in rows) > 0
+    check_loss(targets, numbers, rows)
 
 
 @pytest.mark.parametrize("numbers", [[0], [8], [3, 8, 1]])
@@ -47,18 +32,22 @@ def test_next_tokens_of_blocks(numbers):
     blocks, _ = corpus()
     targets = LabelTargets(blocks, None)
     assert targets.count(np.array(numbers)) == sum(len(blocks[n]) - 1 for n in numbers)
-    length = max(len(blocks[n]) for n in numbers)
-    rows = [blocks[n].tolist()[1:] + [MASKED] * (length - len(blocks[n]) + 1) for n in numbers]
-    check_loss(targets, numbers, rows, length)
+    rows = [label for n in numbers for label in (*blocks[n].tolist()[1:], MASKED)]
+    check_loss(targets, numbers, rows)
 
 
-def check_loss(targets, numbers, rows, length):
+def check_loss(targets, numbers, rows):
     generator = torch.Generator().manual_seed(1)
-    hidden = torch.randn(len(numbers), length, 16, generator=generator)
-    head = tiny_model().lm_head_weight.detach()
+    hidden = torch.randn(len(rows), 16, generator=generator).requires_grad_()
+    head = tiny_model().lm_head_weight.detach().requires_grad_()
     options = dict(compute_dtype=torch.float32, chunk_mib=1)
-    loss = targets.loss(hidden, head, np.array(numbers), num_items_in_batch=50, **options)
-    assert loss.item() == pytest.approx(summed(hidden, head, rows) / 50, rel=1e-6)
+    loss = targets.loss(hidden, head, targets.prepare(np.array(numbers)), num_items_in_batch=50, **options)
+    expected = summed(hidden, head, rows) / 50
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    gradients = zip(*(torch.autograd.grad(value, (hidden, head)) for value in (loss, expected)))
+    for found, exact in gradients:
+        torch.testing.assert_close(found, exact, atol=1e-7, rtol=1e-5)
+        assert exact.abs().max() > 1e-3
 
 
 def test_a_block_of_one_token_has_nothing_to_train():
@@ -73,12 +62,23 @@ def test_labels_may_be_read_only_integers_of_any_width():
     blocks, labels = corpus()
     narrow = labels.astype(np.int32)
     narrow.setflags(write=False)
-    hidden, head = torch.ones(1, CONTEXT, 16), tiny_model().lm_head_weight.detach()
+    hidden, head = torch.ones(CONTEXT, 16), tiny_model().lm_head_weight.detach()
     options = dict(num_items_in_batch=3, compute_dtype=torch.float32, chunk_mib=1)
-    losses = [
-        LabelTargets(blocks, kind).loss(hidden, head, np.array([1]), **options) for kind in (labels, narrow)
-    ]
+    losses = []
+    for kind in (labels, narrow):
+        targets = LabelTargets(blocks, kind)
+        losses.append(targets.loss(hidden, head, targets.prepare(np.array([1])), **options))
     assert torch.equal(*losses) and labels.max() < VOCAB
+
+
+def test_blocks_without_a_label_cost_nothing():
+    blocks, labels = corpus()
+    targets = LabelTargets(blocks, np.full_like(labels, MASKED))
+    hidden = torch.ones(2 * CONTEXT, 16, requires_grad=True)
+    options = dict(num_items_in_batch=3, compute_dtype=torch.float32, chunk_mib=1)
+    loss = targets.loss(hidden, tiny_model().lm_head_weight, targets.prepare(np.array([1, 0])), **options)
+    loss.backward()
+    assert loss == 0 and hidden.grad.shape == hidden.shape and not hidden.grad.any()
 
 
 def test_an_objective_counts_once_unless_told():

@@ -422,7 +422,7 @@ def restated(hidden, head, numbers, labels, folder, alpha, direction, items):
 
 
 def student_states(numbers, seed=0, padding=3):
-    """Hidden states [b, T, H] as a trainer has them: T of the longest block or more, junk in the padding."""
+    """Hidden states [b, T, H], a row a block: T of the longest block or more, junk behind shorter ones."""
     longest = max(len(world().blocks[n]) for n in numbers) + padding
     return torch.randn(len(numbers), longest, WIDTH, generator=torch.Generator().manual_seed(seed))
 
@@ -445,9 +445,11 @@ def soft_targets(labels, folder, alpha=ALPHA, direction="soft", base=None, reinf
 
 
 def of(targets, hidden, head, numbers, items, **options):
-    """Loss and gradients of a targets object."""
+    """Loss and gradients of a targets object, which gets the rows packed."""
     hidden, head = hidden.clone().requires_grad_(True), head.clone().requires_grad_(True)
-    loss = targets.loss(hidden, head, np.array(numbers), num_items_in_batch=items, **options)
+    packed = torch.cat([hidden[k, : len(world().blocks[n])] for k, n in enumerate(numbers)])
+    prepared = targets.prepare(np.array(numbers))
+    loss = targets.loss(packed, head, prepared, num_items_in_batch=items, **options)
     assert loss.shape == ()
     return loss.item(), *torch.autograd.grad(loss, (hidden, head))
 

@@ -491,3 +491,27 @@ def test_torchrun_starts_the_job_too(finished, tmp_path, monkeypatch):
 
 def one_thread():
     return os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.parametrize("name", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_gpu_memory_grows_unless_the_caller_says_otherwise(name, monkeypatch):
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    for other in names:
+        monkeypatch.setenv(other, "")  # so that it is taken back
+        monkeypatch.delenv(other)
+    if name:
+        monkeypatch.setenv(name, "max_split_size_mb:64")
+    assert train.main(["--run.dir", ""]) != 0
+    expected = {name: "max_split_size_mb:64"} if name else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    assert {key: os.environ[key] for key in names if key in os.environ} == expected
+
+
+def test_what_computes_attention_decides_no_result():
+    """The order of sums: a run may go on with another backend."""
+
+    def settings(attention):
+        given = dict(data=config.DataConfig(corpus=["c"]), anchors=config.AnchorsConfig(path="a"))
+        return config.JobConfig(model=config.ModelConfig(path="p", attention=attention), **given).settings()
+
+    one, other = settings("auto"), settings("sdpa")
+    assert one == other and one["model"]["path"] == "p"

@@ -73,3 +73,24 @@ def take(model, memory=None, dtype=torch.float32, **settings):
 def masters(trainee):
     """Name -> exact float32 weights, copies."""
     return {name: make().detach().clone() for name, make in trainee.masters().items()}
+
+
+def run(model=None, data=None, labels="own", seed=5, dtype=torch.float32, look=None, memory=None, **settings):
+    """(records, exact weights) after training."""
+    blocks, own = data or corpus()
+    after = []
+    trainee = take(model or tiny_model(), memory, dtype, **settings)
+    records = fit(
+        trainee,
+        [label_objective((blocks, own if isinstance(labels, str) else labels))],
+        seed=seed,
+        after_step=lambda step: (after.append(step), look and look(step)),
+        **settings,
+    )
+    assert after == list(range(len(records) + 1)) and [r.step for r in records] == after[1:]
+    return records, masters(trainee)
+
+
+def unchanged(parameters):
+    """Whether these are the parameters of the model before any training."""
+    return all(torch.equal(p, parameters[name]) for name, p in tiny_model().named_parameters())

@@ -179,14 +179,6 @@ def tokenise_corpus(
     return {"documents": documents, "characters": characters, "tokens": writer.count}
 
 
-def padded(rows: Sequence[np.ndarray]) -> np.ndarray:
-    """int64 [n, longest]: blocks padded on the right with token 0, which no earlier position sees."""
-    result = np.zeros((len(rows), max(map(len, rows))), dtype=np.int64)
-    for k, row in enumerate(rows):
-        result[k, : len(row)] = row
-    return result
-
-
 class TokenWriter(NpyWriter):
     """Appends token ids to a ``.npy`` file (uint16 for vocabularies up to 65,536 ids, else uint32)."""
 

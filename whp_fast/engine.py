@@ -4,6 +4,9 @@ The loss of a step is the sum over its trained positions divided by their number
 micro-batches and all processes together, so masking, accumulation and the number of processes never change
 it. A step's blocks are dealt out to the processes in turn; one that has none left computes along on a block
 without labels, because shards are gathered by all or by none.
+
+Nothing is read from the device between the first micro-batch of a step and its end, where loss and norm come
+together: until then the host only hands out work, and the device never waits for it.
 """
 
 from __future__ import annotations
@@ -18,8 +21,9 @@ import numpy as np
 import torch
 
 from whp_fast.config import TrainConfig
-from whp_fast.corpus import padded
 from whp_fast.errors import UserError
+from whp_fast.garbage import collected_between_steps
+from whp_fast.microbatches import MicroBatches, makes_an_update
 from whp_fast.objectives import Objective
 from whp_fast.processes import Processes
 from whp_fast.snapshots import Snapshot, Snapshots
@@ -39,7 +43,7 @@ class StepRecord:
         trained: positions with a label.
         tokens: tokens read, of all processes.
         seconds: wall time of the step.
-        data_seconds: of these, spent waiting for the blocks.
+        data_seconds: of these, spent waiting for micro-batches, which are prepared ahead.
         memory_bytes: highest so far: allocated on the GPU, or resident of a process on the CPU.
     """
 
@@ -129,27 +133,32 @@ def train(
         after_step(0)
     saved, asked = time.monotonic(), StopRequest(tell=processes.first)
     updates = sum(
-        _anything(objectives, numbers, step, seed) for step, numbers in enumerate(plan[: first - 1], 1)
+        makes_an_update(objectives, numbers, step, seed) for step, numbers in enumerate(plan[: first - 1], 1)
     )
     trainee.set_step(updates)
-    with asked.awaited():
-        for step, numbers in enumerate(plan[first - 1 :], start=first):
+    batches = MicroBatches(
+        objectives,
+        plan[first - 1 :],
+        first=first,
+        seed=seed,
+        size=settings.batch_blocks,
+        processes=processes,
+        device=device,
+    )
+    left = len(plan) + 1 - first
+    with asked.awaited(), batches, collected_between_steps(left) as collected:
+        for step in range(first, len(plan) + 1):
             began = time.monotonic()
             lr = settings.lr * schedule_factor(step, len(plan), settings)
             record = _step(
-                trainee,
-                [(o, n) for o, n in zip(objectives, _all_numbers(objectives, numbers, step, seed))],
-                settings,
-                step=step,
-                lr=lr,
-                device=device,
-                processes=processes,
+                trainee, objectives, batches, settings, step=step, lr=lr, device=device, processes=processes
             )
             record = dataclasses.replace(
                 record, seconds=time.monotonic() - began, memory_bytes=_peak_memory(device)
             )
             on_step(record)
             after_step(step)
+            collected()
             if keeping is None:
                 if asked.asked:
                     raise Stopped
@@ -166,43 +175,36 @@ def train(
     return len(plan)
 
 
-def _step(trainee, work, settings, *, step, lr, device, processes) -> StepRecord:
+def _step(trainee, objectives, batches, settings, *, step, lr, device, processes) -> StepRecord:
     """One optimizer step: every process's micro-batches, the global norm, the update."""
-    main_numbers = work[0][1]
-    tokens = sum(len(o.blocks[int(number)]) for o, numbers in work for number in numbers)
-    trained = [objective.targets.count(numbers) for objective, numbers in work]
-    if not any(trained):  # a step of fully masked blocks, or of a last block of one token: no update
-        return StepRecord(step, 0.0, 0.0, lr, 0, tokens, 0.0)
+    waited = batches.waited
+    held = batches.step()
+    if not any(held.trained):  # a step of fully masked blocks, or of a last block of one token: no update
+        return StepRecord(step, 0.0, 0.0, lr, 0, held.tokens, 0.0)
     for group in trainee.optimizer.param_groups:
         group["lr"] = lr
-    total, data_seconds = torch.zeros((), dtype=torch.float64, device=device), 0.0
-    for (objective, numbers), count in zip(work, trained):
-        if not count:
-            continue
-        for mine in _micro_batches(numbers, settings.batch_blocks, processes):
-            began = time.monotonic()
-            read = mine if len(mine) else main_numbers[:1]
-            input_ids = torch.from_numpy(padded([objective.blocks[int(number)] for number in read]))
-            input_ids = input_ids.to(device, non_blocking=True)
-            data_seconds += time.monotonic() - began
-            with trainee.forward():
-                hidden = trainee.model.hidden_states(input_ids)
-            head = trainee.model.lm_head_weight
-            if len(mine):
-                loss = objective.weight * objective.targets.loss(
-                    hidden,
-                    head,
-                    mine,
-                    num_items_in_batch=count,
-                    compute_dtype=trainee.compute_dtype,
-                    chunk_mib=settings.loss_chunk_mib,
-                )
-            else:
-                loss = 0.0 * (hidden.float().sum() + head[:1].float().sum())
-            loss.backward()
-            total += loss.detach()  # stays on the device: reading it would wait for every micro-batch
-    loss = float(processes.add(total.cpu()))
-    norm = float(trainee.gradient_norm())
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for _ in range(held.batches):
+        batch = batches.next()
+        objective = objectives[batch.objective]
+        with trainee.forward():
+            hidden = trainee.model.hidden_states(batch.input_ids, packing=batch.packing)
+        head = trainee.model.lm_head_weight
+        if batch.prepared is not None:
+            loss = objective.weight * objective.targets.loss(
+                hidden,
+                head,
+                batch.prepared,
+                num_items_in_batch=held.trained[batch.objective],
+                compute_dtype=trainee.compute_dtype,
+                chunk_mib=settings.loss_chunk_mib,
+            )
+        else:
+            loss = 0.0 * (hidden.float().sum() + head[:1].float().sum())
+        loss.backward()
+        total += loss.detach()
+    total, norm = processes.add(total), trainee.gradient_norm()
+    loss, norm = torch.stack((total, norm.to(total))).tolist()  # the one read of a step
     if not (math.isfinite(loss) and math.isfinite(norm)):
         trainee.drop_gradients()
         raise UserError(
@@ -210,7 +212,9 @@ def _step(trainee, work, settings, *, step, lr, device, processes) -> StepRecord
             "update was not made, lower the learning rate or check the model's weights."
         )
     trainee.update(clip_scale(norm, settings.clip_grad_norm))
-    return StepRecord(step, loss, norm, lr, sum(trained), tokens, 0.0, data_seconds)
+    return StepRecord(
+        step, loss, norm, lr, sum(held.trained), held.tokens, 0.0, data_seconds=batches.waited - waited
+    )
 
 
 def plan_steps(n_blocks: int, settings: TrainConfig, seed: int) -> list[np.ndarray]:
@@ -242,33 +246,6 @@ def schedule_factor(step: int, n_steps: int, settings: TrainConfig) -> float:
         return 1.0
     falling = 1.0 - progress if settings.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
     return settings.final_lr_share + (1.0 - settings.final_lr_share) * falling
-
-
-def _all_numbers(objectives, numbers: np.ndarray, step: int, seed: int) -> list[np.ndarray]:
-    """The blocks of each objective in this step: of the others as many as of the first, round and round."""
-    chosen = [numbers]
-    for k, objective in enumerate(objectives[1:], start=1):
-        n_blocks, per_step = len(objective.blocks), len(numbers)
-        places = np.arange((step - 1) * per_step, step * per_step)
-        rounds = {
-            int(r): np.random.default_rng([seed, int(r), k]).permutation(n_blocks)
-            for r in np.unique(places // n_blocks)
-        }
-        chosen.append(np.array([rounds[int(place) // n_blocks][place % n_blocks] for place in places]))
-    return chosen
-
-
-def _anything(objectives, numbers: np.ndarray, step: int, seed: int) -> bool:
-    """Whether a step makes an update."""
-    every = _all_numbers(objectives, numbers, step, seed)
-    return any(o.targets.count(n) > 0 for o, n in zip(objectives, every))
-
-
-def _micro_batches(numbers: np.ndarray, size: int, processes: Processes) -> list[np.ndarray]:
-    """This process's blocks of a step, ``size`` at a time; as many times on every process."""
-    times = math.ceil(math.ceil(len(numbers) / processes.world_size) / size)
-    mine = numbers[processes.rank :: processes.world_size]
-    return [mine[k * size : (k + 1) * size] for k in range(times)]
 
 
 def _refuse_what_cannot_be(main: Objective, settings: TrainConfig, processes: Processes) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 import torch.nn.functional as F
 
-from whp_fast.attention import attention
+from whp_fast.attention_dense import dense_attention
 from whp_fast.model import Llama
 from whp_fast.model_config import LlamaConfig
 
@@ -173,11 +173,11 @@ class KVCache:
         if self._places is None:
             keys[:, :, : self.length] = k
             values[:, :, : self.length] = v
-            return attention(q, k, v, window=window)
+            return dense_attention(q, k, v, window=window)
         rows = torch.arange(self.batch_size, device=k.device)
         keys[rows, :, self._places] = k[:, :, 0]
         values[rows, :, self._places] = v[:, :, 0]
         used = slice(0, self.length)
-        return attention(
+        return dense_attention(
             q, keys[:, :, used], values[:, :, used], causal=False, key_mask=self._visible[window]
         )

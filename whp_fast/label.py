@@ -3,9 +3,10 @@
     v       = v_base(translated)[map], the first tokens of counterparts already used set to the row's mean
     label   = argmax(v - alpha * relu(v_reinforced(original) - v))
 
-Both models run once over each block; only hidden states at mapped positions meet the LM heads, a chunk at a
-time. They can be two models, or one with two adapters. Any range of blocks can be labelled by itself, and
-what the heads read can be kept for soft targets (:mod:`whp_fast.teacher_cache`).
+Both models run once over each block, the blocks of a batch packed one after the other; only hidden states at
+mapped positions meet the LM heads, a chunk at a time. They can be two models, or one with two adapters. Any
+range of blocks can be labelled by itself, and what the heads read can be kept for soft targets
+(:mod:`whp_fast.teacher_cache`).
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ from whp_kernels.losses import IGNORE_INDEX, RowEdits, generic_labels
 from whp_fast.alignment import Aligner, Alignment
 from whp_fast.anchors import Dictionary, load_dictionary
 from whp_fast.artifacts import NpyWriter
-from whp_fast.corpus import Blocks, padded
+from whp_fast.corpus import Blocks
 from whp_fast.model import Llama
+from whp_fast.packing import Packing, pack
+from whp_fast.projections import stack_in_memory
 from whp_fast.reasons import NOT_FINITE
 from whp_fast.reference_rules import ReferenceAligner
 from whp_fast.teacher_cache import TargetWriter
@@ -208,18 +211,16 @@ class Labeller:
         teachers = [(self.base, self.as_base), (self.reinforced, self.as_reinforced)]
         for _ in range(n_batches):
             for model, switch in teachers[: 1 if base_alone else 2]:
-                self._rows(model, switch, np.zeros((1, 1), dtype=np.int64), np.zeros(0, dtype=np.int64))
+                self._rows(model, switch, [np.zeros(1, dtype=np.int64)], np.zeros(0, dtype=np.int64))
 
     def _label_batch(self, blocks, alignment, numbers, positions, keep):
         offsets = alignment.block_offsets
         block_of = np.searchsorted(offsets, positions, side="right") - 1
-        local = block_of - numbers[0]
-        original = padded([blocks[b] for b in numbers])
-        translated = padded(
-            [alignment.translated[slice(*alignment.translated_offsets[b : b + 2])] for b in numbers]
-        )
-        base_rows = local * translated.shape[1] + alignment.index_map[positions]
-        reinforced_rows = local * original.shape[1] + (positions - offsets[block_of])
+        original = [blocks[b] for b in numbers]
+        spans = alignment.translated_offsets[numbers[0] : numbers[-1] + 2]
+        translated = [alignment.translated[start:stop] for start, stop in zip(spans, spans[1:])]
+        base_rows = (spans - spans[0])[block_of - numbers[0]] + alignment.index_map[positions]
+        reinforced_rows = positions - offsets[numbers[0]]
         row_offsets, tokens = _used_before(alignment, numbers, positions, block_of, self._first_tokens)
         base, base_head = self._rows(self.base, self.as_base, translated, base_rows)
         reinforced, reinforced_head = self._rows(
@@ -250,19 +251,23 @@ class Labeller:
         return labels, own
 
     def _rows(
-        self, model, switch: Switch, input_ids: np.ndarray, rows: np.ndarray
+        self, model, switch: Switch, blocks: Sequence[np.ndarray], rows: np.ndarray
     ) -> tuple[Tensor, Tensor | None]:
-        """Hidden states and head, or (of a model that is not ours) logits, at flat positions of a batch."""
+        """Hidden states and head, or (of a model that is not ours) logits, at positions of the blocks, which
+        are counted from the first one's start on."""
         parameter = next(model.parameters(), None) if isinstance(model, torch.nn.Module) else None
-        ids = torch.from_numpy(input_ids).to(self.device if parameter is None else parameter.device)
-        index = torch.from_numpy(rows.astype(np.int64))
+        device = self.device if parameter is None else parameter.device
+        ids, packing = pack(blocks)
+        if self._both_llamas:
+            packing = packing.to(device)
+            with switch():
+                hidden = model.hidden_states(ids.to(device), packing=packing)
+            return hidden.index_select(0, torch.from_numpy(rows).to(device)), self._head(model)
         with switch():
-            if self._both_llamas:
-                hidden = model.hidden_states(ids)
-                return hidden.flatten(0, 1)[index.to(hidden.device)], self._head(model)
-            output = model(ids)
+            output = model(_padded(ids, packing).to(device))
         logits = getattr(output, "logits", output)
-        return logits.flatten(0, 1)[index.to(logits.device)], None
+        places = packing.position_ids + packing.max_length * _sequence_of(packing)
+        return logits.flatten(0, 1)[places[torch.from_numpy(rows)].to(logits.device)], None
 
     def _head(self, model: Llama) -> Tensor:
         """The LM head; a sharded one is gathered once and kept, since teachers do not change."""
@@ -272,6 +277,20 @@ class Labeller:
         if id(model) not in self._whole_heads:
             self._whole_heads[id(model)] = weight.full_tensor()
         return self._whole_heads[id(model)]
+
+
+def _padded(ids: Tensor, packing: Packing) -> Tensor:
+    """Packed sequences as [n, longest], filled up on the right with token 0, which no earlier position
+    sees."""
+    batch = ids.new_zeros((len(packing.lengths), packing.max_length))
+    batch[_sequence_of(packing), packing.position_ids] = ids
+    return batch
+
+
+def _sequence_of(packing: Packing) -> Tensor:
+    """For each token of a packing on the CPU the number of its sequence."""
+    counts = torch.tensor(packing.lengths)
+    return torch.repeat_interleave(counts, output_size=packing.tokens)
 
 
 @dataclass(frozen=True)
@@ -354,7 +373,7 @@ def _loaded(model: Model, device):
     if isinstance(model, (str, Path)):
         from whp_fast.checkpoint import load_model
 
-        return load_model(Path(model), device=device)
+        return stack_in_memory(load_model(Path(model), device=device))
     return model
 
 

@@ -18,15 +18,18 @@ from whp_fast import adapters, sharding
 from whp_fast.alignment import load_alignment
 from whp_fast.artifacts import NpyWriter, write_json
 from whp_fast.checkpoint import load_config, load_model, read_tensors
+from whp_fast.compile_blocks import compile_blocks
 from whp_fast.config import JobConfig
 from whp_fast.corpus import Blocks, TokenWriter, tokenise_corpus
 from whp_fast.errors import UserError
+from whp_fast.fp8 import use_fp8
 from whp_fast.inputs import Inputs
 from whp_fast.label import Labeller, join_npy, label_range, split_blocks
 from whp_fast.label_statistics import LabelStatistics
 from whp_fast.model import Llama
 from whp_fast.processes import Processes
 from whp_fast.progress import track
+from whp_fast.projections import stack_in_memory
 from whp_fast.row_files import join_parts
 from whp_fast.teacher_cache import CacheWriter, TargetWriter, cache_hidden_states, join_targets
 from whp_fast.trainee import load_frozen
@@ -95,13 +98,17 @@ class LabelStage:
             how |= {"as_reinforced": partial(adapters.use_adapter, model, ADAPTER)}
             return Labeller(model, model, self.inputs.aligner(), self.alphas, **how)
         models = [self._teacher(folder) for folder in (self.inputs.base, reinforced / "model")]
+        for model in models:
+            use_fp8(model, settings.fp8, only_in_training=False)
+            if self.config.model.layers == "compile":
+                compile_blocks(model)
         how["every_batch"] = self.processes.several and self.config.memory.shard_teachers
         return Labeller(*models, self.inputs.aligner(), self.alphas, **how)
 
     def _teacher(self, folder: Path) -> Llama:
         dtype = getattr(torch, self.config.label.dtype)
         if not (self.processes.several and self.config.memory.shard_teachers):
-            return load_model(folder, dtype=dtype, device=self.device).requires_grad_(False)
+            return stack_in_memory(load_model(folder, dtype=dtype, device=self.device).requires_grad_(False))
         config = load_config(folder)
         with torch.device("meta"):
             model = Llama(config).to(dtype).requires_grad_(False)

@@ -32,6 +32,7 @@ from whp_kernels.layers import embedding, residual_rms_norm, rms_norm, rope, swi
 
 from whp_fast.attention import attention
 from whp_fast.model_config import LlamaConfig
+from whp_fast.packing import Packing
 from whp_fast.projections import project
 
 if TYPE_CHECKING:
@@ -76,24 +77,66 @@ class Llama(nn.Module):
         input_ids: torch.Tensor,
         cache: KVCache | None = None,
         position_ids: torch.Tensor | None = None,
+        packing: Packing | None = None,
     ) -> torch.Tensor:
         """The states that the language model head reads.
 
         Causal: the tokens to the right change nothing, so right padding needs no mask.
 
         Args:
-            input_ids: [B, T] int64.
+            input_ids: [B, T] int64; with ``packing`` [tokens], sequences of any lengths after each other.
             cache: a ``whp_fast.generate.KVCache``, filled by the first call with prompts of any length; every
                 later call brings one token a row.
             position_ids: [T] or [B, T] int64, the places of the tokens; default: 0 .. T-1, or with a filled
                 cache the next place. Rows of a filled cache may stand at different places (right-padded
                 prompts): a row sees the places up to its own.
+            packing: where the sequences of a packed batch begin, on the device of the ids; it brings their
+                places too.
 
         Returns:
-            [B, T, H] after the final norm, in the parameter dtype (under autocast too).
+            [B, T, H], or [tokens, H], after the final norm, in the parameter dtype (under autocast too).
         """
+        if cache is not None:
+            return self._cached_states(input_ids, cache, position_ids)
+        if packing is not None:
+            if position_ids is not None or input_ids.shape != (packing.tokens,):
+                raise ValueError(
+                    f"a packed batch has {packing.tokens} tokens, each with its place, but input_ids are "
+                    f"{tuple(input_ids.shape)}{'' if position_ids is None else ' and position_ids are given'}"
+                )
+            return self._packed_states(input_ids, packing, packing.position_ids, packing.max_length)
+        count, length = input_ids.shape
+        packing, places = Packing.uniform(count, length, input_ids.device), length
+        if position_ids is None:
+            position_ids = packing.position_ids
+        else:  # the table has to cover the largest place: beyond it a GPU would read silently wrong
+            places = int(position_ids.max()) + 1
+            position_ids = position_ids.expand(count, length).flatten()
+        states = self._packed_states(input_ids.flatten(), packing, position_ids, places)
+        return states.unflatten(0, (count, length))
+
+    def _packed_states(
+        self, input_ids: torch.Tensor, packing: Packing, position_ids: torch.Tensor, places: int
+    ) -> torch.Tensor:
+        """``places``: how many the table of angles has to hold, known on the host."""
+        x = self.model.embed_tokens(input_ids, self.residual_dtype)
+        cos, sin = self._rope(places, x.device, x.dtype)
+        cos, sin = cos[position_ids], sin[position_ids]  # once, and not in every layer
+
+        recompute = _recomputation(self.checkpointing)
+        if recompute is None or not torch.is_grad_enabled():
+            for block in self.model.layers:
+                x = block(x, cos, sin, packing)
+        else:
+            for block in self.model.layers:
+                x = recompute(block, x, cos, sin, packing)
+        return self.model.norm(x)
+
+    def _cached_states(
+        self, input_ids: torch.Tensor, cache: KVCache, position_ids: torch.Tensor | None
+    ) -> torch.Tensor:
         length = input_ids.shape[1]
-        step = cache is not None and cache.length > 0
+        step = cache.length > 0
         if step and length != 1:
             raise ValueError(
                 f"a filled cache takes one token a row at a time, got input_ids of length {length}"
@@ -101,24 +144,14 @@ class Llama(nn.Module):
         x = self.model.embed_tokens(input_ids, self.residual_dtype)
         if step and position_ids is None:
             position_ids = torch.full_like(input_ids, cache.length)
-        if cache is not None:
-            cache.advance(length, position_ids if step else None)
+        cache.advance(length, position_ids if step else None)
         if position_ids is None:
             cos, sin = self._rope(length, x.device, x.dtype)
-        else:
-            # A place beyond the table would be read silently wrong on a GPU, so the table covers what can be
-            # known without asking the device: the cache, or the largest place.
-            places = cache.capacity if cache is not None else int(position_ids.max()) + 1
-            cos, sin = self._rope(places, x.device, x.dtype)
+        else:  # no place is beyond what the cache holds
+            cos, sin = self._rope(cache.capacity, x.device, x.dtype)
             cos, sin = cos[position_ids], sin[position_ids]
-
-        recompute = _recomputation(self.checkpointing)
-        if recompute is None or cache is not None or not torch.is_grad_enabled():
-            for block in self.model.layers:
-                x = block(x, cos, sin, cache)
-        else:
-            for block in self.model.layers:
-                x = recompute(block, x, cos, sin)
+        for block in self.model.layers:
+            x = block(x, cos, sin, cache)
         return self.model.norm(x)
 
     @torch.no_grad()
@@ -164,11 +197,12 @@ class _Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cache: KVCache | None = None
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, seen: Packing | KVCache
     ) -> torch.Tensor:
+        """x [tokens, H] of a packing, or [B, T, H] of a cache."""
         dtype = _autocast_dtype(x)
         x, normal = self.input_layernorm.residual(x, None, dtype)
-        x, normal = self.post_attention_layernorm.residual(x, self.self_attn(normal, cos, sin, cache), dtype)
+        x, normal = self.post_attention_layernorm.residual(x, self.self_attn(normal, cos, sin, seen), dtype)
         return x + self.mlp(normal)
 
 
@@ -186,22 +220,24 @@ class _Attention(nn.Module):
         self.o_proj = nn.Linear(q_width, config.hidden_size, bias=config.o_bias)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.attention = attention  # compiled blocks leave it out of their graphs
 
     def forward(
-        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cache: KVCache | None
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, seen: Packing | KVCache
     ) -> torch.Tensor:
         heads = (*x.shape[:-1], -1, self.head_dim)
         q, k, v = (y.view(heads) for y in project(x, self.q_proj, self.k_proj, self.v_proj))
         dtype = v.dtype
         if self.q_norm is not None:
             q, k = self.q_norm(q, cos.dtype), self.k_norm(k, cos.dtype)
-        q, k = rope(q, k, cos, sin)
-        q, k, v = q.to(dtype).transpose(1, 2), k.to(dtype).transpose(1, 2), v.transpose(1, 2)
-        if cache is None:
-            out = attention(q, k, v, window=self.window)
+        if isinstance(seen, Packing):
+            q, k, v = (y.squeeze(0) for y in rope(q[None], k[None], cos, sin, v[None]))
+            out = self.attention(q.to(dtype), k.to(dtype), v, seen, window=self.window)
         else:
-            out = cache.attend(self.layer, q, k, v)
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+            q, k = rope(q, k, cos, sin)
+            q, k, v = (y.transpose(1, 2) for y in (q.to(dtype), k.to(dtype), v))
+            out = seen.attend(self.layer, q, k, v).transpose(1, 2)
+        return project(out.flatten(-2), self.o_proj)[0]
 
 
 class _MLP(nn.Module):
@@ -212,7 +248,7 @@ class _MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(swiglu(*project(x, self.gate_proj, self.up_proj)))
+        return project(swiglu(*project(x, self.gate_proj, self.up_proj)), self.down_proj)[0]
 
 
 class RMSNorm(nn.Module):
@@ -330,7 +366,9 @@ _PRODUCTS = {
             "_scaled_dot_product_efficient_attention",
             "_scaled_dot_product_cudnn_attention",
         ],
-        "whp_kernels_C": ["causal_attention"],
+        "whp_kernels_C": ["causal_attention", "causal_attention_packed"],
+        "flash_attn": ["_flash_attn_varlen_forward"],
+        "torch_attn": ["_varlen_attn"],
     }.items()
     for name in names
 }

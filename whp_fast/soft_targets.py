@@ -3,14 +3,16 @@
     SoftTargets     KL between softmax(v_b - alpha relu(v_r - v_b)) and the student, at the trained positions
     RetainTargets   KL(base || student) on a corpus to keep, at all positions but the last of each block
 
-Both have the same two methods: ``count`` says how many positions blocks bring, ``loss`` sums over them and
-divides by a number that the caller knows. The teachers' rows meet their heads in the same chunks as the
-student's; no logits of a batch are stored, and positions that are not trained take part in no product.
+Both have the same three methods: ``count`` says how many positions blocks bring, ``prepare`` reads what is on
+disk of them, ``loss`` sums over them and divides by a number that the caller knows. The teachers' rows meet
+their heads in the same chunks as the student's; no logits of a batch are stored, and positions that are not
+trained take part in no product.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +22,36 @@ from whp_kernels.losses import IGNORE_INDEX, Identity, RowEdits, Whp, linear_com
 
 from whp_fast.corpus import Blocks
 from whp_fast.errors import UserError
+from whp_fast.objectives import take_rows
 from whp_fast.row_files import mend
-from whp_fast.teacher_cache import HiddenCache, TargetCache
+from whp_fast.teacher_cache import CachedRows, HiddenCache, TargetCache
 
 DIVERGENCES = {"soft": "forward_kl", "reverse": "reverse_kl"}
 _SCANNED = 1 << 22
+
+
+@dataclass(frozen=True, eq=False)
+class TeacherRows:
+    """What the teachers say of the trained rows of a packed batch.
+
+    Attributes:
+        places: of the rows in the batch, int64 [n] without repetition.
+        teachers: the hidden states of each at these rows.
+        edits: of the first teacher's logits, or None.
+    """
+
+    places: Tensor
+    teachers: tuple[CachedRows, ...]
+    edits: RowEdits | None = None
+
+    def pin(self) -> TeacherRows:
+        edits = None if self.edits is None else self.edits.pin_memory()
+        return TeacherRows(self.places.pin_memory(), tuple(rows.pin() for rows in self.teachers), edits)
+
+    def to(self, device: torch.device) -> TeacherRows:
+        edits = None if self.edits is None else self.edits.to(device)
+        places = self.places.to(device, non_blocking=True)
+        return TeacherRows(places, tuple(rows.to(device) for rows in self.teachers), edits)
 
 
 class SoftTargets:
@@ -74,11 +101,28 @@ class SoftTargets:
         numbers = np.asarray(numbers, dtype=np.int64)
         return int((self._starts[numbers + 1] - self._starts[numbers]).sum())
 
+    def prepare(self, numbers: Sequence[int]) -> TeacherRows:
+        """What :meth:`loss` needs of the blocks of these numbers, on the CPU.
+
+        Raises:
+            UserError: what the cache holds of these blocks is damaged.
+        """
+        places, rows, start = [], [], 0
+        for number in np.asarray(numbers, dtype=np.int64).tolist():
+            block = self.labels[number * self.context : (number + 1) * self.context]
+            places.append(start + np.flatnonzero(block != IGNORE_INDEX))
+            rows.append(np.arange(self._starts[number], self._starts[number + 1]))
+            start += len(block)
+        rows = np.concatenate(rows)
+        teachers = (self.cache.base.read(rows), self.cache.reinforced.read(rows))
+        edits = RowEdits(*self.cache.edits.gather(rows), "mean")
+        return TeacherRows(torch.from_numpy(np.concatenate(places)), teachers, edits)
+
     def loss(
         self,
         hidden: Tensor,
         lm_head_weight: Tensor,
-        numbers: Sequence[int],
+        prepared: TeacherRows,
         *,
         num_items_in_batch: int | float | Tensor,
         compute_dtype: torch.dtype | None = None,
@@ -87,35 +131,22 @@ class SoftTargets:
         """Sum of the divergence over the trained positions of some blocks, divided by ``num_items_in_batch``.
 
         Args:
-            hidden: the student's hidden states [b, T, H], a row a block, padded on the right.
+            hidden: the student's hidden states [tokens, H], block after block.
             lm_head_weight: the student's head [V, H].
-            numbers: of the blocks, [b].
+            prepared: of the blocks, on the device of the hidden states.
             compute_dtype, chunk_mib: see :func:`whp_kernels.losses.linear_combination_loss`.
 
         Returns:
             a scalar, in nats. Without a trained position it is 0, and so are the gradients.
-
-        Raises:
-            UserError: what the cache holds of these blocks is damaged.
         """
-        places, rows = [], []
-        for k, number in enumerate(np.asarray(numbers, dtype=np.int64).tolist()):
-            block = self.labels[number * self.context : (number + 1) * self.context]
-            places.append(k * hidden.shape[1] + np.flatnonzero(block != IGNORE_INDEX))
-            rows.append(np.arange(self._starts[number], self._starts[number + 1]))
-        rows = np.concatenate(rows)
-        how = {"dtype": _cached_dtype(compute_dtype), "device": hidden.device}
-        edits = RowEdits(*self.cache.edits.gather(rows), "mean")
+        base, reinforced = (rows.values(_cached_dtype(compute_dtype)) for rows in prepared.teachers)
         return linear_combination_loss(
-            _taken(hidden, places),
+            take_rows(hidden, prepared.places),
             lm_head_weight,
-            teachers=(
-                (self.cache.base.gather(rows, **how), self.base_head),
-                (self.cache.reinforced.gather(rows, **how), self.reinforced_head),
-            ),
+            teachers=((base, self.base_head), (reinforced, self.reinforced_head)),
             combination=self.combination,
             divergence=self.divergence,
-            row_edits=edits.to(hidden.device),
+            row_edits=prepared.edits,
             num_items_in_batch=num_items_in_batch,
             compute_dtype=compute_dtype,
             chunk_mib=chunk_mib,
@@ -148,27 +179,30 @@ class RetainTargets:
         numbers = np.asarray(numbers, dtype=np.int64)
         return int((self._starts[numbers + 1] - self._starts[numbers] - 1).sum())
 
+    def prepare(self, numbers: Sequence[int]) -> TeacherRows:
+        """See :meth:`SoftTargets.prepare`."""
+        places, rows, at = [], [], 0
+        for number in np.asarray(numbers, dtype=np.int64).tolist():
+            start, stop = self._starts[number], self._starts[number + 1]
+            places.append(at + np.arange(stop - start - 1))
+            rows.append(np.arange(start, stop - 1))
+            at += stop - start
+        return TeacherRows(torch.from_numpy(np.concatenate(places)), (self.cache.read(np.concatenate(rows)),))
+
     def loss(
         self,
         hidden: Tensor,
         lm_head_weight: Tensor,
-        numbers: Sequence[int],
+        prepared: TeacherRows,
         *,
         num_items_in_batch: int | float | Tensor,
         compute_dtype: torch.dtype | None = None,
         chunk_mib: int = 256,
     ) -> Tensor:
         """Sum of KL(base || student), divided by ``num_items_in_batch``; see :meth:`SoftTargets.loss`."""
-        places, rows = [], []
-        for k, number in enumerate(np.asarray(numbers, dtype=np.int64).tolist()):
-            start, stop = self._starts[number], self._starts[number + 1] - 1
-            places.append(k * hidden.shape[1] + np.arange(stop - start))
-            rows.append(np.arange(start, stop))
-        base = self.cache.gather(
-            np.concatenate(rows), dtype=_cached_dtype(compute_dtype), device=hidden.device
-        )
+        (base,) = (rows.values(_cached_dtype(compute_dtype)) for rows in prepared.teachers)
         return linear_combination_loss(
-            _taken(hidden, places),
+            take_rows(hidden, prepared.places),
             lm_head_weight,
             teachers=((base, self.base_head),),
             combination=Identity(),
@@ -187,12 +221,6 @@ def _rows_before(labels: np.ndarray, context: int) -> np.ndarray:
         trained = labels[at : at + step] != IGNORE_INDEX
         counts.append(np.add.reduceat(trained, np.arange(0, len(trained), context), dtype=np.int64))
     return np.cumsum(np.concatenate(counts))
-
-
-def _taken(hidden: Tensor, places: list[np.ndarray]) -> Tensor:
-    """Rows of [b, T, H] at flat places, [n, H]; the others get gradients of zero."""
-    index = torch.from_numpy(np.concatenate(places)).to(hidden.device)
-    return hidden.flatten(0, 1).index_select(0, index)
 
 
 def _cached_dtype(compute_dtype: torch.dtype | None) -> torch.dtype:

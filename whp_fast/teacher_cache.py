@@ -21,15 +21,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from whp_fast.corpus import Blocks, padded
+from whp_fast.corpus import Blocks
 from whp_fast.errors import UserError
 from whp_fast.model import Llama
+from whp_fast.packing import pack
 from whp_fast.row_files import CHUNK_BYTES, RowFiles, RowWriter, join_parts, mend
 
 DTYPES = ("bfloat16", "float8")
@@ -150,6 +152,35 @@ def join_targets(folder: Path, parts: Sequence[str]) -> None:
         join_parts(folder, name, parts)
 
 
+@dataclass(frozen=True, eq=False)
+class CachedRows:
+    """Rows of hidden states as they lie on disk, so that what is sent to a device is narrow.
+
+    Attributes:
+        rows: uint8 [n, bytes of a row].
+        scales: float32 [n, 1] of float8, else None.
+    """
+
+    rows: Tensor
+    scales: Tensor | None
+
+    def pin(self) -> CachedRows:
+        """The same in page-locked memory."""
+        scales = None if self.scales is None else self.scales.pin_memory()
+        return CachedRows(self.rows.pin_memory(), scales)
+
+    def to(self, device: torch.device | str) -> CachedRows:
+        """The same on a device; from page-locked memory the copy is not waited for."""
+        scales = None if self.scales is None else self.scales.to(device, non_blocking=True)
+        return CachedRows(self.rows.to(device, non_blocking=True), scales)
+
+    def values(self, dtype: torch.dtype) -> Tensor:
+        """[n, H]. bfloat16 rounds what float8 holds once more; float32 does not."""
+        if self.scales is None:
+            return self.rows.view(torch.bfloat16).to(dtype)
+        return (self.rows.view(torch.float8_e4m3fn).float() * self.scales).to(dtype)
+
+
 class HiddenCache(RowFiles):
     """Rows that :class:`CacheWriter` wrote.
 
@@ -185,20 +216,25 @@ class HiddenCache(RowFiles):
         Raises:
             UserError: a chunk that is read for the first time is damaged.
         """
+        return self.read(index).to(device).values(dtype)
+
+    def read(self, index) -> CachedRows:
+        """Rows of an index as they lie on disk, on the CPU; see :meth:`gather`."""
+        found: dict[str, np.ndarray] = {}
         pieces = self._by_part(index)
         n = sum(len(places) for _, places, _ in pieces)
-        result = torch.empty((n, self.width), dtype=dtype, device=device)
-        for part, places, numbers in pieces:
-            rows = torch.from_numpy(part["rows"].take(numbers)).to(device)  # narrow: widened on the device
-            if self.dtype == "bfloat16":
-                values = rows.view(torch.bfloat16).to(dtype)
-            else:
-                scales = torch.from_numpy(part["scales"].take(numbers).view(np.float32)).to(device)
-                values = (rows.view(torch.float8_e4m3fn).float() * scales).to(dtype)
-            if len(places) == n:
-                return values
-            result[torch.from_numpy(places).to(device)] = values
-        return result
+        for column, size in self._sizes().items():
+            parts = [(places, part[column].take(numbers)) for part, places, numbers in pieces]
+            if len(parts) == 1:  # the common case: in the order that was asked for
+                found[column] = parts[0][1]
+                continue
+            found[column] = np.empty((n, size), dtype=np.uint8)
+            for places, values in parts:
+                found[column][places] = values
+        scales = torch.from_numpy(found["scales"].view(np.float32)) if "scales" in found else None
+        # a tensor of no rows of numpy's has strides that no other dtype can be viewed with
+        rows = torch.from_numpy(found["rows"]) if n else torch.empty(found["rows"].shape, dtype=torch.uint8)
+        return CachedRows(rows, scales)
 
     def rows(
         self,
@@ -291,11 +327,10 @@ def cache_hidden_states(
     while first < last:
         end = min(first - first % batch_size + batch_size, last)
         rows = [blocks[i] for i in range(first, end)]
+        ids, packing = pack(rows)
         with switch():
-            hidden = model.hidden_states(torch.from_numpy(padded(rows)).to(device))
-        for k, row in enumerate(rows):
-            writer.append(hidden[k, : len(row)])
-        progress(sum(map(len, rows)))
+            writer.append(model.hidden_states(ids.to(device), packing=packing.to(device)))
+        progress(packing.tokens)
         first = end
 
 

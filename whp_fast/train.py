@@ -1,6 +1,6 @@
 """The whole job: a model folder, a corpus and a dictionary go in, an unlearned model folder comes out.
 
-    prepare -> align -> reinforce -> label -> unlearn -> evaluate -> export -> report
+    prepare -> align -> reinforce -> label -> unlearn -> evaluate -> export -> attack -> report
 
 Each stage leaves finished artifacts in the run folder and is skipped when they are complete and what they
 depend on has not changed. Run as ``torchrun -m whp_fast.train --config CONFIG [--section.key value ...]``, or
@@ -52,6 +52,7 @@ def run_job(
         job.unlearn()
         job.evaluate()
         job.export()
+        job.attack()
         job.report(earlier_seconds or {})
     finally:
         job.close()
@@ -86,8 +87,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"error: {lost}", file=sys.stderr)
             raise SystemExit(1) from lost
 
+    _let_cuda_memory_grow()
     interrupt_on_sigterm()
     return exit_status(work_of_many, debug="--debug" in arguments)
+
+
+def _let_cuda_memory_grow() -> None:
+    """Segments of GPU memory that grow, against holes between tensors of changing sizes; unless the caller's
+    environment says how. The allocator reads it when CUDA starts."""
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from whp_fast.config import MemoryConfig, TrainConfig
 from whp_fast.errors import UserError
 from whp_fast.model import Llama
 from whp_fast.processes import Processes
+from whp_fast.projections import stack_in_memory
 from whp_fast.snapshots import Rows, Snapshot
 
 
@@ -55,6 +56,7 @@ class Trainee:
         self.model, self.compute_dtype, self.adapter = model, compute_dtype, adapter
         self.processes = processes or Processes()
         model.checkpointing = memory.checkpointing
+        stack_in_memory(model)
         if adapter is None:
             self.trained = dict(model.named_parameters())
         else:

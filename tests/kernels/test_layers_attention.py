@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from whp_kernels.layers import causal_attention, has_causal_attention
+from whp_kernels.layers import causal_attention, has_causal_attention, packed_causal_attention
 
 F32, BF16 = torch.float32, torch.bfloat16
 served = [dtype for dtype in (F32, BF16) if has_causal_attention(dtype)]
@@ -133,3 +133,61 @@ def test_refused():
     for k, v in ((q[:, :3], q[:, :3]), (q, q[:, :3]), (q[:, :, :0], q[:, :, :0]), (q[..., :4], q)):
         with pytest.raises(RuntimeError):
             causal_attention(q, k, v)
+
+
+# ------------------------------------------------------------------------------------------ packed sequences
+
+LENGTHS = (70, 1, 0, 33, 130, 2)
+
+
+def packed_inputs(dtype, heads=4, kv_heads=2, depth=24):
+    """q, k, v, g as slices of one tensor [tokens, .., depth], and where the sequences end."""
+    every = draw(sum(LENGTHS), 2 * heads + 2 * kv_heads, depth).to(dtype)
+    ends = torch.tensor([0, *itertools.accumulate(LENGTHS)], dtype=torch.int32)
+    return every.split([heads, kv_heads, kv_heads, heads], dim=1), ends
+
+
+@pytest.mark.parametrize("dtype", served)
+@pytest.mark.parametrize("window", [None, 1, 40])
+def test_packed_is_every_sequence_alone(dtype, window):
+    """To the last bit, and with any number of threads."""
+    (q, k, v, g), ends = packed_inputs(dtype)
+    expected = [[], [], [], []]
+    for first, length in zip(ends.tolist(), LENGTHS):
+        if length:
+            alone = [x[None, first : first + length] for x in (q, k, v, g)]
+            found = with_gradients(lambda *t: causal_attention(*t, window=window), *alone)
+            for parts, part in zip(expected, found):
+                parts.append(part[0])
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found = with_gradients(lambda *t: packed_causal_attention(*t, ends, window=window), q, k, v, g)
+            for a, parts in zip(found, expected, strict=True):
+                assert a.is_contiguous() and torch.equal(a, torch.cat(parts))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_packed_scale_and_what_is_kept():
+    (q, k, v, _), ends = packed_inputs(served[0])
+    doubled = packed_causal_attention(q * 2, k, v, ends)
+    torch.testing.assert_close(doubled, packed_causal_attention(q, k, v, ends, scale=2 * 24**-0.5))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        packed_causal_attention(q.detach().requires_grad_(), k, v, ends)
+    assert sum(kept) == q.numel() + k.numel() + v.numel() + len(q) * 4 + len(ends)
+
+
+def test_packed_refused():
+    (q, k, v, _), ends = packed_inputs(served[0])
+    with pytest.raises(ValueError, match="packed_causal_attention is not there for torch.float64"):
+        packed_causal_attention(q.double(), k, v, ends)
+    wrong = [ends[:-1], ends + 1, ends.long(), ends.flip(0), ends[:0], ends[None]]
+    for other in (*wrong, torch.cat((ends[:2], ends[:1], ends[1:]))):
+        with pytest.raises(RuntimeError, match="cu_seqlens"):
+            packed_causal_attention(q, k, v, other)
+    for other in (k[:-1], k[:, :0], k[..., :4], k[:, :1]):
+        with pytest.raises(RuntimeError):
+            packed_causal_attention(q, other, v, ends)

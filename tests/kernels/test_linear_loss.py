@@ -186,6 +186,47 @@ def test_another_ignore_index():
 # ------------------------------------------------------------------------------ denominator
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("choices", [{}, dict(store_free=True), dict(divergence="forward_kl")], ids=str)
+def test_no_row_is_ignored(reduction, choices):
+    """ignore_index=None: the same numbers, and no look for rows, which would wait for a GPU."""
+    hidden, weight, labels = problem(ignored=0.0)
+    hidden[5] = torch.nan  # a row that cannot be used is left out as ever
+    teachers = ((hidden.roll(7, 0), weight),) if "divergence" in choices else ()
+
+    def run(ignore_index):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        with torch.profiler.profile() as profile:
+            loss, figures = linear_combination_loss(
+                h,
+                w,
+                labels,
+                reduction=reduction,
+                ignore_index=ignore_index,
+                statistics=True,
+                teachers=teachers,
+                **choices,
+            )
+        events = {event.key: event.count for event in profile.key_averages()}
+        return [loss, *torch.autograd.grad(loss.sum(), (h, w)), figures.rows, figures.unusable], events
+
+    found, events = run(None)
+    expected, others = run(IGNORE)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=0, rtol=0, equal_nan=True)
+    assert found[1][0].abs().max() > 0
+    assert int(found[3] + found[4]) == len(labels)
+    assert "aten::nonzero" in others and "aten::nonzero" not in events
+
+
+def test_a_promise_that_no_row_is_ignored_is_held_to():
+    hidden, weight, labels = problem(ignored=0.3)
+    with pytest.raises(ValueError, match="labels hold -100, .* and ignore_index is None"):
+        linear_combination_loss(hidden, weight, labels, ignore_index=None)
+    with pytest.raises(ValueError, match="shift_labels ignores the last position"):
+        linear_combination_loss(hidden[None], weight, labels[None], ignore_index=None, shift_labels=True)
+
+
 def test_denominator():
     """With the count of all micro-batches as denominator, splitting a batch does not change the sum."""
     hidden, weight, labels = problem(dtype=torch.float64)

@@ -1,5 +1,6 @@
 """Losses whose target is a combination of several models' logits: combination x divergence."""
 
+from whp_kernels.losses.arguments import IGNORE_INDEX
 from whp_kernels.losses.combination import (
     SELF,
     Identity,
@@ -23,8 +24,6 @@ from whp_kernels.losses.unlearning import (
     trained_positions,
     wga_loss,
 )
-
-IGNORE_INDEX = -100
 
 __all__ = [
     "IGNORE_INDEX",

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from whp_kernels.losses.combination import SELF, Combination, Identity, Offset, StudentOffset, Whp
 
+IGNORE_INDEX = -100
 REDUCTIONS = ("none", "mean", "sum")
 TEACHER_COUNTS = {Identity: (1,), Whp: (2,), Offset: (2, 3), StudentOffset: (2,)}
 
@@ -74,16 +75,19 @@ def flat_labels(
     return (shifted(labels, ignore_index) if shift_labels else labels).reshape(-1)
 
 
-def check_label_range(labels: Tensor | None, vocabulary: int, ignore_index: int) -> None:
+def check_label_range(labels: Tensor | None, vocabulary: int, ignore_index: int | None) -> None:
     """Raise ValueError for labels outside the vocabulary. On the CPU only: elsewhere it would wait for the
     device (there such a label makes the loss NaN or infinite)."""
     if labels is None or labels.device.type != "cpu" or not len(labels):
         return
-    wrong = labels[(labels != ignore_index) & ((labels < 0) | (labels >= vocabulary))]
-    if len(wrong):
+    values = labels.detach().numpy()
+    wrong = (values < 0) | (values >= vocabulary)
+    if ignore_index is not None:
+        wrong &= values != ignore_index
+    if wrong.any():
         raise ValueError(
-            f"labels hold {int(wrong[0])}, but the vocabulary has {vocabulary} entries and ignore_index is "
-            f"{ignore_index}"
+            f"labels hold {values[wrong][0]}, but the vocabulary has {vocabulary} entries and ignore_index "
+            f"is {ignore_index}"
         )
 
 
@@ -158,7 +162,7 @@ def row_scales(
     like: Tensor,
     reduction: str,
     num_items_in_batch: int | float | Tensor | None,
-    ignore_index: int,
+    ignore_index: int | None,
 ) -> Tensor:
     """What the loss of each row is multiplied with before the sum: float32 [N] (float64 beside float64).
 
@@ -177,7 +181,7 @@ def row_scales(
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     count = lead.numel()
     kept = torch.ones(count, dtype=torch.bool, device=like.device)
-    if labels is not None:
+    if labels is not None and ignore_index is not None:
         kept = kept & (labels != ignore_index)
     for index in teacher_rows:
         if index is not None:

@@ -14,6 +14,7 @@ A column that the first teacher rules out (-inf) stays ruled out, whatever the o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -158,11 +159,19 @@ class RowEdits:
         return cls(offsets, flat[kept], kind, value)
 
     def to(self, device: torch.device | str) -> RowEdits:
-        """The same edits on another device."""
-        moved = object.__new__(RowEdits)
-        moved.kind, moved.value = self.kind, self.value
-        moved.offsets, moved.tokens = self.offsets.to(device), self.tokens.to(device)
-        return moved
+        """The same edits on another device; from page-locked memory the copy is not waited for."""
+        to_device = torch.device(device).type != "cpu"  # one that comes from there has to be waited for
+        return self._like(lambda tensor: tensor.to(device, non_blocking=to_device))
+
+    def pin_memory(self) -> RowEdits:
+        """The same edits in page-locked memory."""
+        return self._like(Tensor.pin_memory)
+
+    def _like(self, change: Callable[[Tensor], Tensor]) -> RowEdits:
+        made = object.__new__(RowEdits)
+        made.kind, made.value = self.kind, self.value
+        made.offsets, made.tokens = change(self.offsets), change(self.tokens)
+        return made
 
     def __len__(self) -> int:
         """Number of rows."""

@@ -124,10 +124,11 @@ def _check(rows: Rows) -> None:
                 f"teacher_rows[{k}] holds {int(index.max())}, but teacher {k} has {len(teacher)} rows"
             )
     if rows.rule.divergence == "label" and rows.student is not None:
-        kept = rows.labels[rows.labels != rows.ignore_index]
-        if len(kept) and not 0 <= int(kept.min()) <= int(kept.max()) < rows.first.shape[1]:
+        labels = rows.labels.numpy()
+        kept = labels[labels != rows.ignore_index]
+        if len(kept) and not 0 <= kept.min() <= kept.max() < rows.first.shape[1]:
             raise ValueError(
-                f"labels run from {int(kept.min())} to {int(kept.max())}, outside the vocabulary of "
+                f"labels run from {kept.min()} to {kept.max()}, outside the vocabulary of "
                 f"{rows.first.shape[1]}"
             )
 

@@ -35,7 +35,7 @@ def linear_combination_loss(
     reduction: Literal["none", "mean", "sum"] = "mean",
     num_items_in_batch: int | float | Tensor | None = None,
     shift_labels: bool = False,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     chunk_mib: int = 256,
     store_free: bool = False,
     compute_dtype: torch.dtype | None = None,
@@ -55,6 +55,9 @@ def linear_combination_loss(
         teachers: for each (hidden states [..., H_k], LM head weight [V, H_k]) or with a bias [V] as third;
             heads may be one and the same tensor. Or :data:`SELF`. No gradient.
         teacher_rows: rows are gathered before the products.
+        ignore_index: None promises that every row has a label of the vocabulary: rows are then not looked
+            for, and nothing is read from the device. Rows that cannot be used (NaN) are left out as ever, and
+            have the label -100 in the statistics.
         chunk_mib: memory for the logits (and their gradient) of one chunk of rows, in MiB. More rows make
             better matrix products.
         store_free: no logits at all in memory but tiles; the backward computes them again: 60 to 75 % more
@@ -71,6 +74,8 @@ def linear_combination_loss(
         ValueError: shapes, dtypes or choices that do not fit; DTensors.
     """
     combination = arguments.check_combination(combination, teachers)
+    if ignore_index is None and shift_labels:
+        raise ValueError("shift_labels ignores the last position, so ignore_index cannot be None")
     rule = Rule.of(combination, row_edits, divergence, beta=beta, temperature=temperature, softcap=softcap)
     _check_budget(chunk_mib)
     lead = hidden_states.shape[:-1]
@@ -126,7 +131,8 @@ def linear_combination_loss(
     if not statistics:
         return loss
     probability = None if token_set is None else probability
-    return loss, gather_statistics(per_row, flat_labels, index, ignore_index, probability)
+    unusable = arguments.IGNORE_INDEX if ignore_index is None else ignore_index
+    return loss, gather_statistics(per_row, flat_labels, index, unusable, probability)
 
 
 class LinearCombinationLoss(nn.Module):

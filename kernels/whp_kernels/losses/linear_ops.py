@@ -5,7 +5,7 @@
     whp_kernels::linear_labels   argmax labels
 
 Rows that are ignored are left out before any product: that needs their number, so one value is read from the
-device.
+device. With ``ignore_index`` None the caller has done so already, and none is.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from whp_kernels.losses import linear_chunks, linear_free, ops
-from whp_kernels.losses.arguments import check_label_range
+from whp_kernels.losses.arguments import IGNORE_INDEX, check_label_range
 from whp_kernels.losses.linear_rows import LinearRows, Projection
 from whp_kernels.losses.rows import RowLosses
 from whp_kernels.losses.rule import decode, once_labelled
@@ -22,7 +22,7 @@ from whp_kernels.losses.rule import decode, once_labelled
 _STUDENT = "Tensor hidden, Tensor weight, Tensor? bias"
 _TARGET = (
     "Tensor[] teacher_hidden, Tensor[] teacher_weights, Tensor?[] teacher_biases, Tensor?[] teacher_rows, "
-    "Tensor? labels, Tensor? edit_offsets, Tensor? edit_tokens, str rule, int ignore_index"
+    "Tensor? labels, Tensor? edit_offsets, Tensor? edit_tokens, str rule, int? ignore_index"
 )
 _HOW = "bool statistics, Tensor? token_set, ScalarType? compute_dtype, int chunk_mib, bool free, str impl"
 
@@ -45,7 +45,7 @@ def _rows(
     rule = decode(rule)
     vocabulary = (teacher_weights[0] if weight is None else weight).shape[0]
     check_label_range(labels, vocabulary, ignore_index)
-    kept = None if labels is None else labels != ignore_index
+    kept = None if labels is None or ignore_index is None else labels != ignore_index
     for index in teacher_rows:
         if index is not None:
             kept = index >= 0 if kept is None else kept & (index >= 0)
@@ -73,8 +73,13 @@ def _rows(
         edit_offsets=edit_offsets,
         edit_tokens=edit_tokens,
         rule=rule,
-        ignore_index=ignore_index,
+        ignore_index=_unusable(ignore_index),
     ), index
+
+
+def _unusable(ignore_index: int | None) -> int:
+    """The label of a row that cannot be used."""
+    return IGNORE_INDEX if ignore_index is None else ignore_index
 
 
 def _gathered(values: Tensor, rows: Tensor | None, index: Tensor | None) -> Tensor:
@@ -209,7 +214,7 @@ def _save_for_losses(ctx, inputs, output):
     ctx.lists = ops.no_gradients(target[:4])
     label_rule = once_labelled(target[7])
     if label_rule is not None:  # the targets are known now: no teacher is kept for the backward
-        target = [[], [], [], [], output[1], None, None, label_rule, target[8]]
+        target = [[], [], [], [], output[1], None, None, label_rule, _unusable(target[8])]
     ctx.n_teachers = len(target[0])
     ctx.save_for_backward(*student, *target[0], *target[1], *target[2], *target[3], *target[4:7])
     ctx.rule, ctx.ignore_index, ctx.how = target[7], target[8], how

@@ -222,7 +222,7 @@ def _backward_of_row_sum(ctx, d_total, *_):
 def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     """``gradient * factor``; the gradient itself where that is one and looking costs nothing (eager, CPU)."""
     if type(factor) is Tensor and factor.device.type == "cpu" and not torch.compiler.is_compiling():
-        if float(factor) == 1.0:
+        if factor.detach().numpy() == 1.0:
             return gradient
     return gradient * factor
 
