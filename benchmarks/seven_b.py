@@ -27,13 +27,16 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from whp_kernels.layers.fp8 import has_fp8
 
 from benchmarks.header import commit, now, processor
 from whp_fast.alignment import Alignment
 from whp_fast.checkpoint import save_model
+from whp_fast.compile_blocks import compile_blocks
 from whp_fast.config import MemoryConfig, TrainConfig
 from whp_fast.corpus import Blocks
 from whp_fast.engine import train
+from whp_fast.fp8 import use_fp8
 from whp_fast.label import Labeller, label_range
 from whp_fast.model import Llama
 from whp_fast.model_config import LlamaConfig
@@ -57,8 +60,17 @@ MODES = {
         "gradients": "bfloat16",
         "checkpointing": "selective",
     },
+    "8-bit moments, fp8": {"moments": "int8", "gradients": "bfloat16", "fp8": "tensorwise"},
+    "8-bit moments, compiled blocks": {"moments": "int8", "gradients": "bfloat16", "layers": "compile"},
+    "8-bit moments, fp8 in compiled blocks": {
+        "moments": "int8",
+        "gradients": "bfloat16",
+        "fp8": "tensorwise",
+        "layers": "compile",
+    },
 }
-"""Of the memory settings; the last ones fit an 80 GB card."""
+"""Of the memory settings, and of ``model.fp8`` and ``model.layers``; those with 8-bit moments fit an 80 GB
+card."""
 
 
 class Run:
@@ -130,9 +142,11 @@ class Run:
 def training(run: Run, mode: str, labels: bool) -> dict:
     """Whole optimizer steps of the engine."""
     run.clean()
-    memory = MemoryConfig(**MODES[mode])
     settings = run.settings()
-    trainee = Trainee(run.model(torch.bfloat16), settings, memory, compute_dtype=torch.bfloat16)
+    trainee = Trainee(run.model(torch.bfloat16), settings, _memory(mode), compute_dtype=torch.bfloat16)
+    use_fp8(trainee.model, MODES[mode].get("fp8", "off"), only_in_training=True)
+    if MODES[mode].get("layers") == "compile":
+        compile_blocks(trainee.model)
     records = []
     objective = Objective(run.corpus, LabelTargets(run.corpus, run.labels if labels else None))
     train(trainee, [objective], settings, seed=0, device=run.device, on_step=records.append)
@@ -141,7 +155,7 @@ def training(run: Run, mode: str, labels: bool) -> dict:
     stage = "unlearn" if labels else "reinforce"
     seconds = [record.seconds for record in records]
     row = run.row(stage, "whp_fast", seconds, records[0].tokens, flops, mode=mode)
-    row["planned_gb"] = _planned(run, memory) / 1e9
+    row["planned_gb"] = _planned(run, mode) / 1e9
     return row
 
 
@@ -186,10 +200,12 @@ def transformers_training(run: Run, liger: bool) -> dict:
     return run.row("reinforce", name, seconds, tokens, flops, mode="bfloat16 weights and moments")
 
 
-def labelling(run: Run, dtype: torch.dtype) -> dict:
+def labelling(run: Run, dtype: torch.dtype, fp8: str = "off") -> dict:
     """Both forward passes and the labels, as the label stage does them; nothing is translated."""
     run.clean()
     base, reinforced = run.model(dtype).requires_grad_(False), run.model(dtype).requires_grad_(False)
+    for model in (base, reinforced):
+        use_fp8(model, fp8, only_in_training=False)
     labeller = Labeller(base, reinforced, _NoDictionary(), [5.0], batch_size=run.blocks, device=run.device)
     offsets = run.corpus.offsets()
     n = len(run.corpus)
@@ -217,7 +233,7 @@ def labelling(run: Run, dtype: torch.dtype) -> dict:
             raise SystemExit("wrong: a label is no token")
     flops = 2 * forward_flops(run.shape, CONTEXT)
     tokens = min(per_part, n) * CONTEXT
-    name = str(dtype).removeprefix("torch.")
+    name = str(dtype).removeprefix("torch.") + ("" if fp8 == "off" else f", fp8 {fp8}")
     return run.row("label", "whp_fast", seconds, tokens, flops, mode=f"two models in {name}")
 
 
@@ -267,9 +283,7 @@ def whole_job(rows: list[dict], start: float | None) -> dict | None:
     """Minutes of the paper-size job at the measured rates; three loads of the model come on top."""
 
     def best(stage: str) -> float:
-        return max(
-            (r["tokens_per_s"] for r in rows if r["stage"] == stage and r["impl"] == "whp_fast"), default=0
-        )
+        return max((r["tokens_per_s"] for r in rows if r["stage"] == stage and _counts(r)), default=0)
 
     rates = {stage: best(stage) for stage in ("reinforce", "label", "unlearn")}
     if not all(rates.values()):
@@ -293,14 +307,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows, left_out, start = [], [], None
     work: list[tuple[str, Callable[[], dict]]] = []
     for mode in options.modes or MODES:
-        memory = MemoryConfig(**MODES[mode])
-        if run.cuda and _planned(run, memory) > 0.97 * run.capacity:
-            left_out.append(f"{mode}: {_planned(run, memory) / 1e9:.0f} GB planned do not fit")
+        if run.cuda and _planned(run, mode) > 0.97 * run.capacity:
+            left_out.append(f"{mode}: {_planned(run, mode) / 1e9:.0f} GB planned do not fit")
+            continue
+        if not run.cuda and "layers" in MODES[mode]:
+            left_out.append(f"{mode}: on a CPU the compiler takes longer than the steps")
+            continue
+        if run.cuda and "fp8" in MODES[mode] and not has_fp8(run.device):
+            left_out.append(f"{mode}: this GPU has no 8-bit floats")
             continue
         work.append((f"reinforce, {mode}", lambda mode=mode: training(run, mode, labels=False)))
     if work:
         work.append(("unlearn", lambda: training(run, _last_mode(rows), labels=True)))
     work.append(("label, bfloat16", lambda: labelling(run, torch.bfloat16)))
+    if not run.cuda or has_fp8(run.device):
+        work.append(("label, fp8", lambda: labelling(run, torch.bfloat16, "tensorwise")))
     if not options.no_baselines:
         work.append(("transformers", lambda: transformers_training(run, liger=False)))
         work.append(("transformers with Liger", lambda: transformers_training(run, liger=True)))
@@ -342,12 +363,22 @@ class _NoDictionary:
 
 def _last_mode(rows: list[dict]) -> str:
     """The fastest of the modes that were measured."""
-    trained = [row for row in rows if row["stage"] == "reinforce" and row["impl"] == "whp_fast"]
+    trained = [row for row in rows if row["stage"] == "reinforce" and _counts(row)]
     return max(trained, key=lambda row: row["tokens_per_s"])["mode"] if trained else next(iter(MODES))
 
 
-def _planned(run: Run, memory: MemoryConfig) -> int:
-    return sum(training_parts(Setup(run.shape, memory, "bfloat16", run.blocks, CONTEXT)).values())
+def _counts(row: dict) -> bool:
+    """Whether a row tells how fast the job is with its default products; 8-bit ones change results."""
+    return row["impl"] == "whp_fast" and "fp8" not in row["mode"]
+
+
+def _memory(mode: str) -> MemoryConfig:
+    return MemoryConfig(**{k: v for k, v in MODES[mode].items() if k not in ("fp8", "layers")})
+
+
+def _planned(run: Run, mode: str) -> int:
+    setup = Setup(run.shape, _memory(mode), "bfloat16", run.blocks, CONTEXT, fp8="fp8" in MODES[mode])
+    return sum(training_parts(setup).values())
 
 
 def _check_losses(run: Run, losses: Sequence[float]) -> None:

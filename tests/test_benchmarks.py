@@ -72,8 +72,12 @@ def test_stages_of_a_job_are_measured(tmp_path, capsys):
         )
     minutes = result["job_minutes"]
     best = max(
-        r["tokens_per_s"] for r in result["rows"] if r["stage"] == "reinforce" and r["impl"] == "whp_fast"
+        r["tokens_per_s"]
+        for r in result["rows"]
+        if r["stage"] == "reinforce" and r["impl"] == "whp_fast" and "fp8" not in r["mode"]
     )
+    modes = {(r["stage"], r["mode"]) for r in result["rows"]}
+    assert {("reinforce", "8-bit moments, fp8"), ("label", "two models in bfloat16, fp8 tensorwise")} <= modes
     assert minutes["reinforce"] == pytest.approx(9_300_000 / best / 60)
     assert minutes["in all"] == pytest.approx(sum(v for k, v in minutes.items() if k != "in all"))
     assert (tmp_path / "profile" / "trace.json").stat().st_size > 1000

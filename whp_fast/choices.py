@@ -6,6 +6,7 @@ import torch
 from rich.markup import escape
 from whp_kernels import backends
 from whp_kernels.gemm import from_accumulator
+from whp_kernels.layers.fp8 import has_fp8
 
 from whp_fast import attention
 from whp_fast.config import JobConfig
@@ -21,6 +22,7 @@ def choices(config: JobConfig, device: torch.device, processes: Processes) -> li
     rows = [
         ("losses", loss, _why_loss(device, loss)),
         ("matrix products", compute, _why_products(device, compute)),
+        *_products_in_8_bits(config, device),
         ("attention", *attention.backend(device, getattr(torch, compute))),
     ]
     if memory.lora_rank:
@@ -39,6 +41,7 @@ def choices(config: JobConfig, device: torch.device, processes: Processes) -> li
     else:
         host = ", in host memory" if memory.offload_moments else ""
         rows.append(("optimizer", f"AdamW, {memory.moments} moments{host}", "memory.moments"))
+    rows.append(("layers", *_layers(config)))
     rows.append(("checkpointing", memory.checkpointing, "memory.checkpointing"))
     rows.append(("processes", str(processes.world_size), _sharding(config, processes)))
     return rows
@@ -69,6 +72,18 @@ def _why_products(device: torch.device, compute: str) -> str:
     if from_accumulator(torch.bfloat16, device):
         return "model.compute_dtype; logits keep their float32 sums"
     return "model.compute_dtype; logits from float32 copies, this device has no such product"
+
+
+def _products_in_8_bits(config: JobConfig, device: torch.device) -> list[tuple[str, str, str]]:
+    how = "head and losses as they are" if has_fp8(device) else "emulated and slow: no such products here"
+    asked = (("fp8 in training", "model", config.model.fp8), ("fp8 in labels", "label", config.label.fp8))
+    return [(what, scaling, f"{section}.fp8; {how}") for what, section, scaling in asked if scaling != "off"]
+
+
+def _layers(config: JobConfig) -> tuple[str, str]:
+    if config.model.layers == "compile":
+        return "compiled blocks", "model.layers; the first step waits for the compiler"
+    return "fused kernels", "model.layers"
 
 
 def _sharding(config: JobConfig, processes: Processes) -> str:

@@ -27,6 +27,14 @@ class ModelConfig:
     """Hugging Face folder: config.json, safetensors weights, tokenizer files."""
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """dtype of matrix products in training; the weights themselves stay an exact float32 master."""
+    fp8: Literal["off", "tensorwise", "rowwise"] = "off"
+    """8-bit floats for the matrix products inside the blocks, in both trainings (Ada, Hopper and newer;
+    emulated, slowly, on a CPU); one scale for a tensor, or for each row. Head and losses stay as they are."""
+    layers: Literal["fused", "compile"] = "fused"
+    """fused: norms, rotary embedding and SwiGLU as kernels of whp_kernels; compile: each block by
+    torch.compile, which takes seconds at the first step."""
+    attention: Literal["auto", "flash-attn", "flash-attn-4", "varlen", "sdpa", "compiled"] = "auto"
+    """What computes attention; auto: the best that is installed. varlen and sdpa are torch's own."""
 
 
 @dataclass
@@ -106,6 +114,19 @@ RESULT_OF_MEMORY = (
     "frozen",
 )
 """The memory settings that change a result by more than the order of its sums."""
+ONLY_ATTACKS = (
+    "attacks",
+    "attack_prompts",
+    "attack_limit",
+    "relearn_text",
+    "relearn_share",
+    "relearn_steps",
+    "relearn_every",
+    "prefix_lengths",
+    "samples",
+    "temperature",
+)
+"""The settings of evaluate that decide the attacks and nothing else: they may change in a finished run."""
 
 
 @dataclass
@@ -210,6 +231,9 @@ class LabelConfig:
     """dtype of the two models in the label pass; logits are float32 all the same. A narrow one rounds away
     part
     of what the reinforced model learned: bfloat16 keeps 8 bits of a weight, float16 11."""
+    fp8: Literal["off", "tensorwise", "rowwise"] = "off"
+    """8-bit floats for the matrix products inside the blocks of both models (as model.fp8). For trials alone:
+    on the demo's world 94.6 % of the labels are those of bfloat16 (benchmarks/fp8.py)."""
     batch_blocks: int = 8
     """Blocks per forward pass."""
     chunk_mib: int = 256
@@ -272,9 +296,45 @@ class EvaluateConfig:
     """Length of a completion."""
     curve_prompts: int = 60
     """Prompts of each file used for the points of the curve (before and after use all); 0: all."""
+    chat_template: bool = False
+    """Give familiarity prompts to the model as messages, in its tokenizer's chat template."""
+    attacks: list[str] | str = field(default_factory=list)
+    """What is tried to bring the text back, after the evaluation: some of relearn, quantise, prefix,
+    sampling, prompts. Costs as much as several evaluations."""
+    attack_prompts: str = ""
+    """JSON as familiarity, each prompt with a kind: paraphrases, other languages; for the attack prompts."""
+    attack_limit: int = 100
+    """At most so many prompts, questions and passages of each kind in an attack; 0: all."""
+    relearn_text: list[str] | str = field(default_factory=list)
+    """Related text to relearn from: .txt and .jsonl files, or folders; empty: a share of the corpus."""
+    relearn_share: float = 0.1
+    """Share of the corpus that is relearnt."""
+    relearn_steps: int = 20
+    """Steps of the relearning, with blocks of data.context and the learning rate of reinforce."""
+    relearn_every: int = 5
+    """Steps between the points of its curve."""
+    prefix_lengths: list[int] = field(default_factory=lambda: [4, 8, 16, 32, 64])
+    """Tokens of the true beginning that the attack prefix gives."""
+    samples: int = 8
+    """Completions of a prompt in the attack sampling, of which the most telling one counts."""
+    temperature: float = 0.8
+    """Of these samples."""
 
     def __post_init__(self) -> None:
-        _refuse_below(self, "evaluate", above_zero=("max_new_tokens",), from_zero=("curve_prompts",))
+        for name in ("attacks", "relearn_text"):
+            if isinstance(value := getattr(self, name), str):
+                setattr(self, name, [value] if value else [])
+        above_zero = ("max_new_tokens", "relearn_share", "relearn_steps", "relearn_every")
+        above_zero += ("samples", "temperature")
+        _refuse_below(self, "evaluate", above_zero=above_zero, from_zero=("curve_prompts", "attack_limit"))
+        if self.relearn_share > 1:
+            raise UserError(
+                f"evaluate.relearn_share: {self.relearn_share} is no share; set a value above 0 and up to 1."
+            )
+        if not self.prefix_lengths or min(self.prefix_lengths) < 1:
+            raise UserError(
+                f"evaluate.prefix_lengths: {self.prefix_lengths} are no lengths; set whole numbers above 0."
+            )
 
 
 @dataclass
@@ -339,6 +399,28 @@ class JobConfig:
                 "thing; "
                 "set it or anchors.reference_rules to false."
             )
+        for key, scaling in (("model.fp8", self.model.fp8), ("label.fp8", self.label.fp8)):
+            if scaling != "off" and self.memory.lora_rank:
+                raise UserError(
+                    f"{key}: a frozen base under adapters is not multiplied in 8-bit floats; set off, or "
+                    "memory.lora_rank 0."
+                )
+        if self.model.fp8 != "off" and self.model.compute_dtype == "float32":
+            raise UserError(
+                "model.fp8: 8-bit products beside float32 ones save nothing that counts; set off, or "
+                "model.compute_dtype bfloat16."
+            )
+        if self.model.layers == "compile":
+            if self.memory.checkpointing == "selective":
+                raise UserError(
+                    "model.layers: a compiled block shows no products that memory.checkpointing selective "
+                    "could keep; set fused, or checkpointing none or full."
+                )
+            if self.memory.frozen in ("nf4", "int8"):
+                raise UserError(
+                    f"model.layers: the products of memory.frozen {self.memory.frozen} are not compiled; set "
+                    "fused."
+                )
         required = {
             "model.path": self.model.path,
             "data.corpus": self.data.corpus,
@@ -353,12 +435,16 @@ class JobConfig:
             )
 
     def settings(self) -> dict:
-        """What decides the result, as JSON types: all but the folder, the device, threads, snapshots, and how
-        memory is divided among processes.
+        """What decides the result, as JSON types: all but the folder, the device, threads, snapshots, how
+        memory is divided among processes, and what is tried on the result.
         """
         settings = dataclasses.asdict(self)
         settings["run"] = {"seed": self.run.seed}
+        for name in ("attention", "layers"):  # the order of sums
+            del settings["model"][name]
         settings["memory"] = {key: settings["memory"][key] for key in RESULT_OF_MEMORY}
+        for name in ONLY_ATTACKS:
+            del settings["evaluate"][name]
         return settings
 
 

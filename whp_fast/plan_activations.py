@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from whp_kernels.layers import has_causal_attention
 
-from whp_fast.attention import BLOCK, LONGEST_BLOCKED
+from whp_fast.attention_dense import BLOCK, LONGEST_BLOCKED
 from whp_fast.plan_setup import ITEM, RESIDUAL, Setup, numel, projections
 
 
@@ -35,9 +35,13 @@ def saved_per_token(s: Setup) -> list[Saved]:
 
         x [H] r, normed [H] c, q k v [Q + 2 KV] c, attention [Q] c and its log-sum-exp,
         x [H] r, normed [H] c, gate up product [3 I] c
+
+    With 8-bit products what a projection reads is kept in one byte an element; the attention's result in both
+    forms, as attention itself needs it too.
     """
     shape, targets = s.shape, s.memory.lora_targets
     r, c = RESIDUAL, ITEM[s.compute_dtype]
+    read = 1 if s.fp8 else c
     width, inner = shape.hidden_size, shape.intermediate_size
     heads, kv_heads = shape.num_attention_heads, shape.num_key_value_heads
     q, kv = heads * shape.head_dim, kv_heads * shape.head_dim
@@ -48,17 +52,19 @@ def saved_per_token(s: Setup) -> list[Saved]:
     saved = [
         Saved("block input", width * r, _ALWAYS),
         Saved("norm 1 (a number a row)", 4, _ALONE),
-        Saved("normed 1", width * c * read_by("q_proj", "k_proj", "v_proj"), _ALONE),
+        Saved("normed 1", width * read * read_by("q_proj", "k_proj", "v_proj"), _ALONE),
         Saved("q, k, v", (q + 2 * kv) * c, _PRODUCTS),
         Saved("attention", q * c, _PRODUCTS),
         Saved("attention's inside", _inside_attention(s), _PRODUCTS),
         Saved("middle of the block", width * r, _ALONE),
         Saved("norm 2 (a number a row)", 4, _ALONE),
-        Saved("normed 2", width * c * read_by("gate_proj", "up_proj"), _ALONE),
+        Saved("normed 2", width * read * read_by("gate_proj", "up_proj"), _ALONE),
         Saved("gate, up", 2 * inner * c, _PRODUCTS),
-        Saved("product", inner * c * read_by("down_proj"), _ALONE),
+        Saved("product", inner * read * read_by("down_proj"), _ALONE),
         Saved("results of o and down", 2 * width * c, ("selective",)),
     ]
+    if s.fp8:
+        saved.append(Saved("attention in 8 bits", q, _ALONE))
     if shape.qk_norm:
         saved.append(Saved("q, k before their norms", (q + kv) * c + 4 * (heads + kv_heads), _ALONE))
     if s.lora:
@@ -70,7 +76,7 @@ def saved_per_token(s: Setup) -> list[Saved]:
 
 def _inside_attention(s: Setup) -> float:
     """A log-sum-exp for each head; on a CPU without the compiled attention, bfloat16 keeps its weights
-    instead (``whp_fast.attention``)."""
+    instead (``whp_fast.attention_dense``)."""
     heads = s.shape.num_attention_heads
     blocked = s.cpu and s.compute_dtype == "bfloat16" and s.context <= LONGEST_BLOCKED
     if not blocked or has_causal_attention(torch.bfloat16):
@@ -95,5 +101,5 @@ def activation_bytes(s: Setup) -> tuple[int, int]:
 
 
 def cast_bytes(s: Setup) -> int:
-    """Copies of the projections that autocast makes."""
-    return ITEM[s.compute_dtype] * numel(projections(s.shape)) if s.autocast else 0
+    """Copies of the projections that autocast makes; none where they are read in 8 bits."""
+    return ITEM[s.compute_dtype] * numel(projections(s.shape)) if s.autocast and not s.fp8 else 0

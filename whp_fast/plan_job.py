@@ -133,6 +133,7 @@ def plan_stage(
         teachers=_teachers(config) if stage == "unlearn" else 0,
         gpus=gpus,
         cpu=gpu.bfloat16 == 0 and config.run.device == "cpu",
+        fp8=config.model.fp8 != "off",
     )
     parts = training_parts(setup)
     host = parts.pop("host")

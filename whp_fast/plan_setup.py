@@ -45,6 +45,7 @@ class Setup:
         teachers: models whose LM heads and hidden states the loss reads (2 for soft targets, else 0).
         gpus: processes in all.
         cpu: the attention of a CPU is counted.
+        fp8: the projections keep their inputs in 8 bits.
     """
 
     shape: LlamaConfig
@@ -56,6 +57,7 @@ class Setup:
     teachers: int = 0
     gpus: int = 1
     cpu: bool = False
+    fp8: bool = False
 
     @property
     def lora(self) -> bool:

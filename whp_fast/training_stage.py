@@ -11,8 +11,10 @@ import torch
 from rich.markup import escape
 
 from whp_fast.checkpoint import load_config
+from whp_fast.compile_blocks import compile_blocks
 from whp_fast.config import JobConfig, TrainConfig
 from whp_fast.engine import Keeping, plan_steps, train
+from whp_fast.fp8 import use_fp8
 from whp_fast.objectives import Objective
 from whp_fast.plan_gpus import device_at_hand
 from whp_fast.plan_job import forward_flops
@@ -69,6 +71,9 @@ class TrainingStage:
             processes=self.processes,
             seed=self.config.run.seed,
         )
+        use_fp8(trainee.model, self.config.model.fp8, only_in_training=True)
+        if self.config.model.layers == "compile":
+            compile_blocks(trainee.model)
         objectives = make_objectives(trainee)
         snapshots, resumed = self._snapshots()
         state = resumed.state if resumed is not None else {"records": [], "curve": []}
