@@ -1,11 +1,14 @@
 """The demo at its smallest size, and the job on plain books, from nothing to a report."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from whp_fast import demo
+from whp_fast import books, demo, train
 from whp_fast.checkpoint import load_model
+from whp_fast.config import parse_config
 
 STAGES = [
     "world",
@@ -18,6 +21,7 @@ STAGES = [
     "unlearn",
     "evaluate",
     "export",
+    "attack",
 ]
 FIGURES = {"familiarity_completion", "familiarity_probability", "general_accuracy", "general_perplexity"}
 
@@ -56,7 +60,7 @@ def test_second_run_makes_nothing_again(run, capsys):
     before = (run / "world" / "base" / "model.safetensors").stat().st_mtime_ns
     assert demo.main(["--size", "tiny", "--out", str(run)]) == 0
     assert (run / "world" / "base" / "model.safetensors").stat().st_mtime_ns == before
-    assert capsys.readouterr().out.count("complete") == 1 + 7 + 1  # the world, seven stages, the report
+    assert capsys.readouterr().out.count("complete") == 1 + 8 + 1  # the world, eight stages, the report
 
 
 def test_another_world_is_not_written_over(run, capsys):
@@ -72,30 +76,27 @@ def test_world_is_the_same_every_time(run, tmp_path):
         assert (tmp_path / "world" / name).read_bytes() == (run / "world" / name).read_bytes(), name
 
 
-def test_books_prepare_a_job_that_runs(run, tmp_path, capsys, monkeypatch):
-    from whp_fast import train
-
-    books, examples = tmp_path / "books", run / "world"
-    books.mkdir()
-    (books / "saga.txt").write_text(
-        "\n".join(f.read_text() for f in sorted((run / "world/saga").iterdir())[:4])
-    )
-    (books / "other.txt").write_text("\n".join(["A quiet day in the town, and rain on the roof."] * 60))
-    monkeypatch.setitem(demo.RECIPES, "demo", demo.RECIPES["tiny"])
-    arguments = [
-        "--books",
-        str(books),
-        "--target",
-        "saga.txt",
-        "--examples",
-        str(examples),
-        "--epochs",
-        "0.1",
+@pytest.fixture
+def shelf(run, tmp_path, monkeypatch):
+    """Two small books, of which saga.txt can be forgotten, and a base that is trained in a second."""
+    monkeypatch.setattr(books, "BOOKS", replace(demo.RECIPES["tiny"], repeat_target=2))
+    folder = tmp_path / "books"
+    folder.mkdir()
+    chapters = [f.read_text() for f in sorted((run / "world/saga").iterdir())[:8]]
+    (folder / "saga.txt").write_text("\n".join(chapters))
+    stories = [json.loads(line)["text"] for line in (run / "world/general.jsonl").open()]
+    (folder / "other.txt").write_text("\n".join(stories)[:20_000])
+    return [
+        *("--books", str(folder), "--target", "saga.txt", "--examples", str(run / "world")),
+        *("--epochs", "0.1", "--out", str(tmp_path / "out")),
     ]
+
+
+def test_books_prepare_a_job_that_runs(run, shelf, tmp_path, capsys):
     own_name = tmp_path / "other_name.model"  # the model's folder must hold it under the usual name
     own_name.write_bytes((run / "world/tokenizer.model").read_bytes())
-    arguments += ["--tokenizer", str(own_name), "--out", str(tmp_path / "out")]
-    assert demo.main(arguments) == 0
+    anchors = run / "world/anchors.json"
+    assert demo.main([*shelf, "--tokenizer", str(own_name), "--anchors", str(anchors)]) == 0
     assert "python -m whp_fast.train --config" in capsys.readouterr().out
     job = ["--config", str(tmp_path / "out/job.yaml"), "--unlearn.steps", "1", "--reinforce.steps", "1"]
     assert train.main([*job, "--evaluate.max_new_tokens", "2", "--unlearn.evaluate_every", "0"]) == 0
@@ -103,11 +104,20 @@ def test_books_prepare_a_job_that_runs(run, tmp_path, capsys, monkeypatch):
     assert (tmp_path / "out/run/export/tokenizer.model").read_bytes() == own_name.read_bytes()
 
 
+def test_books_bring_their_own_tokenizer_and_dictionary(shelf, tmp_path):
+    assert demo.main(shelf) == 0
+    job = parse_config(["--config", str(tmp_path / "out/job.yaml")])
+    assert load_model(Path(job.model.path)).config.vocab_size == demo.RECIPES["tiny"].vocab_size
+    anchors = json.loads(Path(job.anchors.path).read_text())
+    saga = (tmp_path / "books/saga.txt").read_text()
+    assert len(anchors) >= 5 and all(expression in saga for expression in anchors)
+
+
 @pytest.mark.parametrize(
     "arguments, named",
     [
         (["--books", "books"], "--target"),
-        (["--books", "{}", "--target", "x.txt", "--tokenizer", "t", "--out", "o"], "{}"),
+        (["--books", "{}", "--target", "x.txt", "--out", "o"], "{}"),
     ],
 )
 def test_books_errors_are_one_sentence(arguments, named, tmp_path, capsys):

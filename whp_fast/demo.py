@@ -1,9 +1,9 @@
 """A small world in the formats of the real thing, and the job on it: no download, a few minutes on two cores.
 
     python -m whp_fast.demo                       the invented saga: world, base, oracle, then the whole job
-    python -m whp_fast.demo --books FOLDER --target FILE.txt --tokenizer tokenizer.model --out DIR
+    python -m whp_fast.demo --books FOLDER --target FILE.txt --out DIR
                                                   a base trained on a folder of plain books, and a job on one
-                                                  of them
+                                                  of them (whp_fast.books)
 
 The base and the oracle share a trunk: a small Llama trained on the general text. The oracle goes on with
 general text alone, the base with general text and the saga, for the same number of steps.
@@ -51,7 +51,7 @@ class Recipe:
         context: tokens in a block.
         trunk: training on general text, shared by base and oracle (no steps: none).
         branch: what follows, on general text (oracle) or general text and saga (base).
-        repeat_saga: how often the saga stands in the mixture of the base.
+        repeat_target: how often the text to forget stands in the mixture of the base.
     """
 
     vocab_size: int = 1536
@@ -62,13 +62,13 @@ class Recipe:
     kv_heads: int = 4
     context: int = 128
     trunk: TrainConfig = field(
-        default_factory=lambda: _from_scratch(steps=450, lr=2e-3, warmup_steps=20, final_lr_share=0.5)
+        default_factory=lambda: from_scratch(steps=450, lr=2e-3, warmup_steps=20, final_lr_share=0.5)
     )
-    branch: TrainConfig = field(default_factory=lambda: _from_scratch(steps=450, lr=1.5e-3, warmup_steps=20))
-    repeat_saga: int = 3
+    branch: TrainConfig = field(default_factory=lambda: from_scratch(steps=450, lr=1.5e-3, warmup_steps=20))
+    repeat_target: int = 3
 
 
-def _from_scratch(**settings) -> TrainConfig:
+def from_scratch(**settings) -> TrainConfig:
     return TrainConfig(batch_blocks=16, accumulate=1, betas=[0.9, 0.95], weight_decay=0.1, **settings)
 
 
@@ -82,8 +82,8 @@ RECIPES = {
         heads=4,
         kv_heads=2,
         context=64,
-        trunk=_from_scratch(steps=20, lr=3e-3, warmup_steps=5),
-        branch=_from_scratch(steps=60, lr=3e-3, warmup_steps=5),
+        trunk=from_scratch(steps=20, lr=3e-3, warmup_steps=5),
+        branch=from_scratch(steps=60, lr=3e-3, warmup_steps=5),
     ),
 }
 
@@ -111,7 +111,7 @@ def make_demo(out: Path, size: str = "demo", seed: int = 0, *, overwrite: bool =
     seconds: dict[str, float] = {}
     out.mkdir(parents=True, exist_ok=True)
     (out / "world.json").unlink(missing_ok=True)
-    with _timed(seconds, "world"):
+    with timed(seconds, "world"):
         world = make_world(seed, size)
         _write_world(out, world)
         tokenizer = train_tokenizer(out, world.saga + world.everyday + world.knowledge, recipe.vocab_size)
@@ -120,90 +120,22 @@ def make_demo(out: Path, size: str = "demo", seed: int = 0, *, overwrite: bool =
         "dictionary, prompts"
     )
     general = [out / "general.jsonl"]
-    saga = [out / "saga"] * recipe.repeat_saga
-    with _timed(seconds, "oracle"):
-        trunk = _new_model(recipe, tokenizer, seed)
-        _train_on(trunk, general, tokenizer, recipe.context, recipe.trunk, seed, out, "trunk")
+    saga = [out / "saga"] * recipe.repeat_target
+    with timed(seconds, "oracle"):
+        trunk = new_model(recipe, tokenizer, seed)
+        train_on(trunk, general, tokenizer, recipe.context, recipe.trunk, seed, out, "trunk")
         state = {name: value.clone() for name, value in trunk.state_dict().items()}
-        _train_on(trunk, general, tokenizer, recipe.context, recipe.branch, seed + 1, out, "oracle")
-        _save(trunk, tokenizer, out / "oracle")
+        train_on(trunk, general, tokenizer, recipe.context, recipe.branch, seed + 1, out, "oracle")
+        save(trunk, tokenizer, out / "oracle")
     say(f"  [bold]{'oracle':<11}[/bold] {seconds['oracle']:7.1f} s  a model that never read the saga")
-    with _timed(seconds, "base"):
-        base = _new_model(recipe, tokenizer, seed)
+    with timed(seconds, "base"):
+        base = new_model(recipe, tokenizer, seed)
         base.load_state_dict(state)
-        _train_on(base, general + saga, tokenizer, recipe.context, recipe.branch, seed + 1, out, "base")
-        _save(base, tokenizer, out / "base")
+        train_on(base, general + saga, tokenizer, recipe.context, recipe.branch, seed + 1, out, "base")
+        save(base, tokenizer, out / "base")
     say(f"  [bold]{'base':<11}[/bold] {seconds['base']:7.1f} s  the model that read it, and shall forget it")
     write_json(out / "world.json", {"key": key, "seconds": seconds})
     return seconds
-
-
-def make_books(
-    books: Path,
-    target: str,
-    tokenizer_path: Path,
-    out: Path,
-    examples: Path | None,
-    recipe: Recipe,
-    seed: int = 0,
-) -> Path:
-    """Train a small base on a folder of plain books and write the job of forgetting one of them.
-
-    Args:
-        books: folder of ``.txt`` files.
-        target: the book to forget, a file name inside it.
-        tokenizer_path: ``tokenizer.model`` or ``tokenizer.json``.
-        out: folder for the base and ``job.yaml``.
-        examples: folder with anchors.json, familiarity.json, probability.json and choices.jsonl for the
-        target.
-
-    Returns:
-        the path of ``job.yaml``.
-    """
-    files = [f for f in corpus_files([books]) if f.suffix == ".txt"]
-    if books / target not in files:
-        names = ", ".join(f.name for f in files)
-        raise UserError(f"{books / target}: no such book; --target is one of {names}.")
-    if examples is None or not (examples / "anchors.json").is_file():
-        raise UserError(f"{examples}: no anchors.json for this book there; name its folder with --examples.")
-    out.mkdir(parents=True, exist_ok=True)
-    tokenizer = load_tokenizer(tokenizer_path)
-    model = _new_model(recipe, tokenizer, seed)
-    seconds: dict[str, float] = {}
-    with _timed(seconds, "base"):
-        _train_on(model, files, tokenizer, recipe.context, recipe.branch, seed, out, "base")
-        _save(model, tokenizer, out / "base")
-    others = out / "others.jsonl"
-    _write_jsonl(others, [{"text": f.read_text(encoding="utf-8")} for f in files if f.name != target])
-    say(f"  [bold]{'base':<11}[/bold] {seconds['base']:7.1f} s  trained on {len(files)} books")
-    job = out / "job.yaml"
-    job.write_text(_books_job(out, books / target, examples, recipe.context), encoding="utf-8")
-    return job
-
-
-def _books_job(out: Path, target: Path, examples: Path, context: int) -> str:
-    """The configuration of a book's job; a small model needs higher learning rates than seven billion
-    weights.
-    """
-    import yaml
-
-    job = {
-        "model": {"path": str(out / "base")},
-        "data": {"corpus": [str(target)], "context": context},
-        "anchors": {"path": str(examples / "anchors.json"), "match_across_lines": True},
-        "reinforce": {"epochs": 2, "lr": 5e-4, "batch_blocks": 16, "accumulate": 1},
-        "label": {"dtype": "float32"},
-        "unlearn": {"epochs": 2, "lr": 3e-4, "batch_blocks": 16, "accumulate": 1, "evaluate_every": 20},
-        "evaluate": {
-            "familiarity": str(examples / "familiarity.json"),
-            "probability": str(examples / "probability.json"),
-            "choices": str(examples / "choices.jsonl"),
-            "general_text": str(out / "others.jsonl"),
-        },
-        "export": {"dtype": "float32"},
-        "run": {"dir": str(out / "run")},
-    }
-    return yaml.safe_dump(job, sort_keys=False)
 
 
 def _write_world(out: Path, world) -> None:
@@ -211,14 +143,14 @@ def _write_world(out: Path, world) -> None:
     (out / "saga").mkdir()
     for number, chapter in enumerate(world.saga):
         (out / "saga" / f"{number:04d}.txt").write_text(chapter, encoding="utf-8")
-    _write_jsonl(out / "general.jsonl", [{"text": text} for text in world.everyday + world.knowledge])
-    _write_jsonl(out / "heldout.jsonl", [{"text": text} for text in world.heldout])
-    _write_jsonl(out / "choices.jsonl", world.choices)
+    write_jsonl(out / "general.jsonl", [{"text": text} for text in world.everyday + world.knowledge])
+    write_jsonl(out / "heldout.jsonl", [{"text": text} for text in world.heldout])
+    write_jsonl(out / "choices.jsonl", world.choices)
     for name in ("anchors", "familiarity", "probability"):
         write_json(out / f"{name}.json", getattr(world, name))
 
 
-def _write_jsonl(path: Path, rows: Sequence[dict]) -> None:
+def write_jsonl(path: Path, rows: Sequence[dict]) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
@@ -260,7 +192,7 @@ def train_tokenizer(out: Path, texts: Sequence[str], vocab_size: int) -> Sentenc
     return load_tokenizer(path)
 
 
-def _new_model(recipe: Recipe, tokenizer: Tokenizer, seed: int) -> Llama:
+def new_model(recipe: Recipe, tokenizer: Tokenizer, seed: int) -> Llama:
     config = LlamaConfig.from_hf(
         {
             "model_type": "llama",
@@ -286,7 +218,7 @@ def _new_model(recipe: Recipe, tokenizer: Tokenizer, seed: int) -> Llama:
     return model
 
 
-def _train_on(
+def train_on(
     model: Llama,
     files: Sequence[Path],
     tokenizer: Tokenizer,
@@ -328,7 +260,7 @@ def _shuffled_passes(documents: Sequence[np.ndarray], passes: float, seed: int) 
     return stream[: math.ceil(passes * sum(map(len, documents)))]
 
 
-def _save(model: Llama, tokenizer: Tokenizer, folder: Path) -> None:
+def save(model: Llama, tokenizer: Tokenizer, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     save_model(model, folder)
     tokenizer.copy_to(folder)
@@ -342,7 +274,7 @@ def _finished(out: Path, key: str) -> dict | None:
     return world["seconds"] if world.get("key") == key else None
 
 
-class _timed:
+class timed:
     def __init__(self, seconds: dict[str, float], name: str):
         self.seconds, self.name = seconds, name
 
@@ -389,17 +321,19 @@ def _run_saga(options: argparse.Namespace) -> None:
 
 
 def _run_books(options: argparse.Namespace) -> None:
-    if not (options.target and options.tokenizer and options.out):
-        raise UserError("--books: also give --target FILE.txt, --tokenizer tokenizer.model and --out DIR.")
-    examples = options.examples or Path("examples") / Path(options.target).stem.split("_")[0]
-    recipe = replace(
-        RECIPES["demo"],
-        layers=5,
-        context=256,
-        branch=_from_scratch(epochs=options.epochs, lr=2e-3, warmup_steps=50),
-    )
+    from whp_fast.books import BOOKS, make_books
+
+    if not (options.target and options.out):
+        raise UserError("--books: also give --target FILE.txt and --out DIR.")
     job = make_books(
-        options.books, options.target, options.tokenizer, options.out, examples, recipe, options.seed
+        options.books,
+        options.target,
+        options.out,
+        examples=options.examples or Path("examples") / Path(options.target).stem.split("_")[0],
+        recipe=replace(BOOKS, branch=replace(BOOKS.branch, epochs=options.epochs)),
+        tokenizer_path=options.tokenizer,
+        anchors=options.anchors,
+        seed=options.seed,
     )
     say(f"Ready. Now run: python -m whp_fast.train --config {job}")
 
@@ -421,9 +355,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--books", type=Path, help="folder of plain .txt books to train a small base on")
     parser.add_argument("--target", help="the book of that folder to prepare forgetting for")
-    parser.add_argument("--tokenizer", type=Path, help="tokenizer for --books")
-    parser.add_argument("--examples", type=Path, help="folder with the dictionary and prompts of the target")
-    parser.add_argument("--epochs", type=float, default=6, help="passes over the books (default 6)")
+    parser.add_argument(
+        "--tokenizer", type=Path, help="tokenizer for --books (default: a small one, trained on them)"
+    )
+    parser.add_argument("--examples", type=Path, help="folder with the prompts for the target")
+    parser.add_argument(
+        "--anchors", type=Path, help="dictionary for the target (default: extracted from the books)"
+    )
+    parser.add_argument(
+        "--epochs", type=float, default=10, help="passes of the base over the books (default 10)"
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
