@@ -90,6 +90,9 @@ def _run(words: list[str], stage: str, begin: int) -> None:
         os._exit(status)
 
 
+COSTS = ("seconds", "gpu_seconds", "joules")
+
+
 def files_of(run: Path, stage: str) -> dict[str, object]:
     """Content of a stage's files, without what holds seconds: parts of the log and of the report."""
     found = {}
@@ -100,7 +103,9 @@ def files_of(run: Path, stage: str) -> dict[str, object]:
                 [r["step"], r["loss"], r["grad_norm"], r["lr"], r["trained"]] for r in records
             ]
         elif path.name == "metrics.json":
-            found[path.name] = {k: v for k, v in json.loads(path.read_text()).items() if k != "seconds"}
+            metrics = json.loads(path.read_text())
+            del metrics["settings"]["run"]["dir"]  # the two runs lie in folders of their own
+            found[path.name] = {name: metrics[name] for name in metrics if name not in COSTS}
         elif path.is_file() and path.name != "complete.json" and stage != "report":
             found[str(path.relative_to(run))] = path.read_bytes()
     return found

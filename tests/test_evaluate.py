@@ -498,7 +498,7 @@ def test_good_familiarity_file(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "line 1: not JSON"),
+        ("", "the file is empty; add entries"),
         ('[{"prompt": "a",\n  "references": ["b",]}]', "line 2: not JSON ("),
         ({"prompt": "a"}, 'the file holds {"prompt": "a"}, but it must be a list'),
         ([], "the list is empty"),

@@ -96,8 +96,8 @@ def test_the_run_is_measured_as_its_export_is_rounded(run, home, tmp_path, monke
         seen[str(folder)] = model
         return model
 
-    models_load = command.load_model
-    monkeypatch.setattr(command, "load_model", load)
+    models_load = models.load_model
+    monkeypatch.setattr(models, "load_model", load)
     run("run", "--metrics", "general_perplexity")
     rounded = {
         name: all(torch.equal(p, p.bfloat16().float()) for p in model.parameters())
@@ -131,11 +131,15 @@ def test_attacks_on_a_run(run, tmp_path):
     }
     assert relearnt <= points
     assert points - relearnt == {
-        ("prefix", "after", "prefix of 2 tokens"),
-        ("prefix", "after", "prefix of 6 tokens"),
-        ("sampling", "after", "best of 2, temperature 0.8"),
-        ("sampling", "after", "mean of 2, temperature 0.8"),
-        ("prompts", "after", "paraphrase"),
+        (attack, model, setting)
+        for model in ("after", "oracle")
+        for attack, setting in (
+            ("prefix", "prefix of 2 tokens"),
+            ("prefix", "prefix of 6 tokens"),
+            ("sampling", "best of 2, temperature 0.8"),
+            ("sampling", "mean of 2, temperature 0.8"),
+            ("prompts", "paraphrase"),
+        )
     }
     assert "before the attack" in shown and "paraphrase" in shown
     picture = tmp_path / "f_relearn.png"
@@ -223,9 +227,9 @@ def test_the_exported_weights_are_what_is_quantised(run, monkeypatch):
     """A run that exports bfloat16: 4 bits of the rounded weights, and not of the trained ones."""
     pytest.importorskip("bitsandbytes")
     quantised = []
-    real = command.quantise_
+    real = models.quantise_
     monkeypatch.setattr(
-        command,
+        models,
         "quantise_",
         lambda model, kind: quantised.append((kind, dict(model.named_parameters()))) or real(model, kind),
     )

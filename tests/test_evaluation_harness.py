@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from whp_fast.errors import UserError
 from whp_fast.evaluation import harness
 from whp_fast.evaluation.harness import HarnessModel, cut_at, harness_figures, rolling_windows, task_figures
+from whp_fast.tokens import load_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -171,6 +172,48 @@ def test_unknown_tasks_and_a_missing_package(package, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(UserError, match="--lm-eval: lm-evaluation-harness cannot be imported"):
         harness_figures(model, tokenizer, ["sky"], max_length=64)
+
+
+def test_a_local_task_as_the_harness_s_own_model_has_it(tmp_path, monkeypatch):
+    """Needs the packages lm-eval and datasets, and no network."""
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.setenv(name, "1")
+    lm_eval, transformers = (pytest.importorskip(name) for name in ("lm_eval", "transformers"))
+    pytest.importorskip("datasets")
+    from lm_eval.api.model import LM
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+    from tiny_world import save_tiny_model, write_lines
+
+    monkeypatch.undo()  # the real greedy decoding
+    rows = [
+        {"prompt": f"{name} walked to", "choices": ["the tree", "Glimmerhall", "a cup"], "answer": i % 3}
+        for i, name in enumerate(("Orrin", "Paul", "Quill", "The wand", "He said"))
+    ]
+    write_lines(tmp_path / "rows.jsonl", rows)
+    (tmp_path / "tiny.yaml").write_text(
+        f"task: tiny\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path}/rows.jsonl}}}}\n"
+        'test_split: test\noutput_type: multiple_choice\ndoc_to_text: "{{prompt}}"\n'
+        'doc_to_choice: "{{choices}}"\ndoc_to_target: "{{answer}}"\n'
+        "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
+    )
+    own = save_tiny_model(tmp_path / "model")
+    tokenizer = load_tokenizer(tmp_path / "model")
+    theirs = HFLM(
+        pretrained=transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32),
+        tokenizer=transformers.AutoTokenizer.from_pretrained(tmp_path / "model"),
+        add_bos_token=True,
+        device="cpu",
+    )
+    model = type("Model", (HarnessModel, LM), {})(own, tokenizer, max_length=64)
+    tasks = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    asked = {"tasks": ["tiny"], "task_manager": tasks, "log_samples": True, "bootstrap_iters": 0}
+    ours, expected = (lm_eval.simple_evaluate(model=m, **asked) for m in (model, theirs))
+    for one, other in zip(ours["samples"]["tiny"], expected["samples"]["tiny"], strict=True):
+        assert [r[0] for r in one["filtered_resps"]] == pytest.approx(
+            [r[0] for r in other["filtered_resps"]], abs=1e-4
+        )
+    assert ours["results"]["tiny"]["acc,none"] == expected["results"]["tiny"]["acc,none"]
 
 
 def test_figures_of_results():

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 
 from whp_fast.anchors import load_dictionary
+from whp_fast.errors import UserError
 from whp_fast.extraction.candidates import Finder, Limits, log_likelihood_ratio
 from whp_fast.extraction.check import check
 from whp_fast.extraction.command import main
 from whp_fast.extraction.kinds import Context, count_votes, kind_of
+from whp_fast.extraction.overlap import check_overlap
 from whp_fast.extraction.proposal import list_path, propose, read_list
 from whp_fast.extraction.words import BROKEN, DOTTED, JOINED, Texts, split_words
 from whp_fast.saga import make_world
@@ -271,6 +273,20 @@ def test_a_page_of_the_corpus_in_the_background_is_a_warning():
     corpus, background = Texts([saga(600, 11)]), {"web": Texts([everyday(600, 32) + page])}
     propose(corpus, background, Limits(), warn=told.append)
     assert any(message.startswith("web holds") for message in told)
+
+
+def test_a_background_that_holds_the_corpus_in_small_files_is_refused():
+    words = saga(600, 11).split()
+    size = len(words) // 60
+
+    def pages(count):  # each holds about 1.6 % of the corpus
+        return {f"page {i}": Texts([" ".join(words[i * size : (i + 1) * size])]) for i in range(count)}
+
+    corpus = Texts([" ".join(words)])
+    with pytest.raises(UserError, match=r"--background: its files together hold \d+ % of the corpus"):
+        check_overlap(corpus, pages(60))
+    told = check_overlap(corpus, pages(2))
+    assert [message.split(" holds ")[0] for message in sorted(told)] == ["page 0", "page 1"]
 
 
 def test_a_background_about_the_same_people_is_a_warning():

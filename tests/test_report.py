@@ -7,7 +7,7 @@ import warnings
 import pytest
 from matplotlib import image
 
-from whp_fast import curve_figures, figures, report, report_page
+from whp_fast import curve_figures, figures, intervals, report, report_page
 from whp_fast.evaluate import FIGURES, EvaluationResult
 from whp_fast.markdown import code, duration, escaped
 from whp_fast.report import ReportData, join_next_tokens, share_removed, verdict, write_report
@@ -103,7 +103,9 @@ def quick(monkeypatch):
     for name in ("draw_next_tokens", "draw_label_page"):
         monkeypatch.setattr(figures, name, lambda *_: None)
     monkeypatch.setattr(report, "draw_curve", lambda *_: None)
-    monkeypatch.setattr(report_page, "curve_svgs", lambda *_: [])
+    monkeypatch.setattr(report, "draw_relearning", lambda *_: None)
+    for name in ("curve_svgs", "relearning_svgs"):
+        monkeypatch.setattr(report_page, name, lambda *_: [])
 
 
 def test_first_lines_answer_the_question(tmp_path, data, quick):
@@ -169,9 +171,13 @@ def test_the_body_of_the_report(tmp_path, data, quick):
 
 def test_metrics(tmp_path, data, quick):
     data.curve[1]["general_perplexity"] = math.inf
+    own = {"general_perplexity": [7.5, 8.5], "general_accuracy": [0.6, 0.62]}
+    data.curve[0]["intervals"] = own | {"familiarity_completion": [0.29, 0.29]}
     write_report(tmp_path, data)
     metrics = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
-    assert list(metrics) == ["before", "after", "oracle", "seconds", "settings", "curve", "intervals"]
+    names = ["before", "after", "oracle", "seconds", "gpu_seconds", "joules", "settings", "curve"]
+    assert list(metrics) == [*names, "intervals", "attacks", "warnings"]
+    assert metrics["gpu_seconds"] == {"reinforce": 0.0, "unlearn": 0.0, "total": 0.0}
     assert list(metrics["intervals"]) == ["before", "after", "oracle"]
     assert metrics["intervals"]["before"]["general_accuracy"] == pytest.approx([0.5841, 0.6392], abs=1e-4)
     assert metrics["before"] == dict(zip(FIGURES, (0.290, 0.244, 0.612, 8.0), strict=True))
@@ -181,6 +187,10 @@ def test_metrics(tmp_path, data, quick):
     assert metrics["settings"]["unlearn"]["betas"] == [0.9, 0.98]
     assert [point["step"] for point in metrics["curve"]] == [0, 20, 40]
     assert metrics["curve"][1]["general_perplexity"] is None
+    # a figure's own interval, and Wilson's where none came with the figure or it has no width
+    told = metrics["curve"][0]["intervals"]
+    assert told["general_perplexity"] == [7.5, 8.5] and told["general_accuracy"] == [0.6, 0.62]
+    assert told["familiarity_completion"] == pytest.approx(intervals.wilson(0.29, 60))
 
 
 @pytest.mark.parametrize("name", ["curve.png", "next_tokens.png", "labels.png"])
@@ -213,7 +223,7 @@ def test_an_oracle_changes_curve_and_bars(tmp_path, data):
 
 def test_the_curve_draws_intervals(tmp_path, data):
     plain = curve_figures.draw_curve(tmp_path / "a.png", data.curve).read_bytes()
-    for name in FIGURES[:3]:
+    for name in FIGURES:
         curve = [point | {"intervals": {name: (0.1, 0.7)}} for point in data.curve]
         assert curve_figures.draw_curve(tmp_path / "b.png", curve).read_bytes() != plain, name
 
@@ -221,20 +231,29 @@ def test_the_curve_draws_intervals(tmp_path, data):
 def test_attacks_and_cost(tmp_path, data, quick):
     without = write_report(tmp_path / "without", data).read_text(encoding="utf-8")
     assert "## Attacks" not in without and "were not tried here" in without
-    assert "Energy: not measured." in without and "GPU-seconds" not in without
+    assert "Energy: not readable here" in without and "No GPU was used." in without
+    assert "GPU-seconds" not in without and "And under attack?" not in without
     data.attacks = [
         {"attack": "relearning | 20 steps", "figure": "familiarity_completion", "before": 0.9, "after": 0.25}
         | {"interval": [0.1, 0.4]},
         {"attack": "quantised", "figure": "general_accuracy", "before": None, "after": 0.5},
     ]
-    data.gpus, data.energy = 2, {"unlearn": 7200.0}
+    data.gpus, data.energy = {"unlearn": 2}, {"unlearn": {"gpus": 7200.0}}
     text = write_report(tmp_path / "with", data).read_text(encoding="utf-8")
-    assert "| relearning \\| 20 steps | familiarity completion | 0.900 | 0.250 (0.100–0.400) |" in text
+    assert "| relearning \\| 20 steps | Familiarity (completion) | 0.900 | 0.250 (0.100–0.400) |" in text
     assert "| quantised | general accuracy | – | 0.500 |" in text
+    assert "**And under attack?** No attack tried" in text
     assert "were not tried here" not in text
-    assert "| stage | time | GPU-seconds | energy |" in text
-    assert "| reinforce | 1 min 01 s | 122 | – |" in text
-    assert "| **total** | **1 h 07 min** | **8,123** | **2.00 Wh** |" in text
+    assert "| stage | time | GPU-seconds | energy of the GPUs |" in text
+    assert "| reinforce | 1 min 01 s | 0 | – |" in text
+    assert "| **total** | **1 h 07 min** | **8,001** | **at least 2.00 Wh** |" in text
+
+
+def test_warnings_are_told(tmp_path, data, quick):
+    data.warnings = ["familiarity prompts: 1 hold one of their references"]
+    text = write_report(tmp_path, data).read_text(encoding="utf-8")
+    assert "- familiarity prompts: 1 hold one" in text
+    assert "<li>familiarity prompts: 1 hold one" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_the_curve_draws_what_it_is_given(tmp_path, data):

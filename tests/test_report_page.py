@@ -67,14 +67,15 @@ def test_accuracy_on_the_same_questions(data):  # noqa: F811
 
 def test_every_part_is_there(data):  # noqa: F811
     data.attacks = [{"attack": "relearning", "figure": "familiarity", "before": 0.5, "after": 0.25}]
-    data.gpus, data.energy = 2, {"reinforce": 3600.0}
+    data.gpus, data.energy = {"reinforce": 2, "unlearn": 2}, {"reinforce": {"gpus": 3600.0}}
     page = report_page(data)
     told = text_of(page)
     for part in (
         "900 of 1,000 positions (90.0 %) are trained.",
         "relearning familiarity 0.500 0.250",
         "reinforce 1 min 01 s 122 1.00 Wh",
-        "unlearn 1 h 06 min 8,001 not measured",
+        "unlearn 1 h 06 min 8,001 –",
+        "python -m whp_fast.inspect RUN --html labels.html",
         "Shi et al.",
         "All 4 settings",
         "unlearn.betas [0.9, 0.98]",
@@ -177,16 +178,69 @@ def test_intervals_of_attacks_in_any_form(data, interval, shown):  # noqa: F811
     data.attacks = {
         "attacks": [{"attack": "a", "figure": "f", "before": "?", "after": 0.2, "interval": interval}]
     }
-    told = text_of(report_page(data)).split("where there are any.")[1]
-    assert told.split("What these")[0].strip().startswith(f"attack figure before after a f – {shown}".strip())
+    told = text_of(report_page(data)).split("95 % intervals. attack figure before after ")[1]
+    assert told.split("What these")[0].strip().startswith(f"a f – {shown}".strip())
 
 
 def test_rows_of_the_attacks_command(data):  # noqa: F811
-    before = {"value": 0.01, "low": 0.0, "high": 0.03, "n": 9}
-    row = {"attack": "relearn", "setting": "20 steps", "model": "after", "metric": "familiarity_completion"}
-    data.attacks = [row | {"before": before, "after": {"value": 0.5, "low": None, "high": None, "n": 1}}]
-    told = text_of(report_page(data))
-    assert "relearn, 20 steps, after familiarity completion 0.010 0.000–0.030 0.500 What these" in told
+    data.attacks = attacked()
+    page = report_page(data)
+    told = text_of(page)
+    at_once, folded = told.split("The earlier steps in figures")
+    assert (
+        "Relearning, 20 steps Familiarity (completion) 0.010 0.000–0.030 0.500 0.300–0.700 0.100 0.050–0.150 "
+        "General perplexity 8.40 8.10–8.70 9.00 8.50–9.50 – Quantisation, 4 bits" in at_once
+    )
+    assert "Relearning, 0 steps Familiarity (completion) 0.010 0.000–0.030" in folded
+    svgs = [attributes["aria-label"] for name, attributes in elements(page) if name == "svg"]
+    assert svgs[3] == (
+        "Familiarity (completion), lower is better: unlearned 0.010 at step 0, 0.500 at step 20; "
+        "oracle 0.000 at step 0, 0.100 at step 20."
+    )
+    assert (
+        first_screen(page)
+        .split("And under attack? ")[1]
+        .startswith(
+            "Under attack it comes back: relearning, 20 steps, takes familiarity by completion from 0.010 "
+            "to 0.500 (0.300–0.700); a model that never read the text reaches 0.100 in the same way. Tried: "
+            "relearning, quantisation."
+        )
+    )
+
+
+def attacked():
+    """Rows as the attack stage and ``python -m whp_fast.evaluate --attacks`` write them."""
+
+    def row(attack, setting, x, before, after, model="after", metric="familiarity_completion"):
+        sides = {"before": before, "after": after}
+        sides = {k: dict(zip(("value", "low", "high"), v), n=40) for k, v in sides.items()}
+        return {"attack": attack, "setting": setting, "model": model, "metric": metric, "x": x, **sides}
+
+    little, none = (0.01, 0.0, 0.03), (0.0, 0.0, 0.0)
+    return {
+        "attacks": [
+            row("relearn", "0 steps", 0, little, little),
+            row("relearn", "20 steps", 20, little, (0.5, 0.3, 0.7)),
+            row("relearn", "20 steps", 20, (8.4, 8.1, 8.7), (9.0, 8.5, 9.5), metric="general_perplexity"),
+            row("relearn", "0 steps", 0, none, none, "oracle"),
+            row("relearn", "20 steps", 20, none, (0.1, 0.05, 0.15), "oracle"),
+            row("quantise", "4 bits", 4, little, (0.02, 0.0, 0.04)),
+        ]
+    }
+
+
+def test_attacks_that_bring_nothing_back(data):  # noqa: F811
+    data.attacks = {"attacks": attacked()["attacks"][-1:]}
+    assert "No attack tried (quantisation) brought it back: familiarity by completion is at most 0.020" in (
+        first_screen(report_page(data))
+    )
+    # what the oracle gives too did not come back
+    rows = attacked()["attacks"][1:2]
+    data.attacks = rows + [rows[0] | {"model": "oracle", "after": rows[0]["after"] | {"value": 0.48}}]
+    assert "brought out more than a model that never read the text gives" in first_screen(report_page(data))
+    # a verdict that it is still there speaks of no return
+    data.attacks, data.after.familiarity_completion = attacked(), 0.2
+    assert "Under attack more of it comes out: relearning" in first_screen(report_page(data))
 
 
 def test_a_page_with_nothing_but_two_figures():

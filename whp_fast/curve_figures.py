@@ -35,7 +35,7 @@ def draw_curve(
 
     curve: ``{"step", "familiarity_completion", "familiarity_probability", "general_accuracy",
     "general_perplexity"}`` for each step, values may be None or missing; the first entry is the model before.
-    Where a point has ``"intervals": {figure: (low, high) or None}`` they are drawn as upright lines.
+    Where a point has ``"intervals": {figure: (low, high) or None}`` they are drawn as a band.
     oracle: the four figures of a model that never saw the target, drawn as dashed lines.
     """
     plt = load_pyplot()
@@ -45,10 +45,10 @@ def draw_curve(
         figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
         grid = figure.add_gridspec(2, 2, width_ratios=(1.25, 1), wspace=0.06, hspace=0.08)
         left = figure.add_subplot(grid[:, 0])
-        _draw_panel(left, familiarity, apart=0.048)
+        draw_panel(left, familiarity, apart=0.048)
         upper, lower = figure.add_subplot(grid[0, 1]), figure.add_subplot(grid[1, 1])
-        _draw_panel(upper, accuracy, apart=0.13)
-        _draw_panel(lower, perplexity, apart=0.13)
+        draw_panel(upper, accuracy, apart=0.13)
+        draw_panel(lower, perplexity, apart=0.13)
         upper.tick_params(labelbottom=not lower.lines)
         if lower.lines:
             upper.set_xlabel("")
@@ -65,25 +65,30 @@ def curve_svgs(
     Text stays text, and the colours are the page's variables (`whp_fast.page`), so that they follow light and
     dark. A figure that was not measured has no panel.
     """
+    return panel_svgs(_curve_panels(curve, oracle or {}), "curve")
+
+
+def panel_svgs(panels: Sequence[Panel], name: str) -> list[tuple[str, str]]:
+    """Panels one by one, for a page: (what each shows in words, SVG). ``name`` keeps their ids apart."""
     plt, made = load_pyplot(), []
     style = {"svg.fonttype": "none", "svg.hashsalt": "whp_fast", "font.size": 10, "axes.titlesize": 10.5}
-    for number, panel in enumerate(_curve_panels(curve, oracle or {})):
+    for number, panel in enumerate(panels):
         if not any(line.points for line in panel.lines):
             continue
         with plt.rc_context(STYLE | style):
             figure = plt.figure(figsize=(4.6, 3.1), layout="constrained")
             figure.get_layout_engine().set(w_pad=0.04, h_pad=0.06)
-            _draw_panel(figure.add_subplot(), panel, apart=0.075)
+            draw_panel(figure.add_subplot(), panel, apart=0.075)
             text = io.StringIO()
             figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
             plt.close(figure)
         words = panel.in_words()
-        made.append((words, _inline_svg(text.getvalue(), words, f"curve{number}-")))
+        made.append((words, _inline_svg(text.getvalue(), words, f"{name}{number}-")))
     return made
 
 
 @dataclass(frozen=True)
-class _Line:
+class Line:
     """A figure by step: ``points`` of (step, value, interval or None), and the oracle's value or None."""
 
     name: str
@@ -94,14 +99,16 @@ class _Line:
 
 
 @dataclass(frozen=True)
-class _Panel:
-    """Lines with one y axis. ``least_span``: what it spans at least, so that noise looks like no change."""
+class Panel:
+    """Lines with one y axis. ``least_span``: what it spans at least, so that noise looks like no change.
+    ``steps``: what the x axis counts."""
 
     title: str
     better: str
-    lines: Sequence[_Line]
+    lines: Sequence[Line]
     least_span: float
     from_zero: bool = False
+    steps: str = "step of the unlearning"
 
     def in_words(self) -> str:
         """The panel for a person who does not see it."""
@@ -109,39 +116,40 @@ class _Panel:
         for line in self.lines:
             if line.points:
                 (first, value, _), (last, then, _) = line.points[0], line.points[-1]
-                name = f"by {line.name} " if line.name else ""
+                name = f"{line.name} " if line.name else ""
+                name = f"by {name}" if line.name in ("completion", "probability") else name
                 told.append(f"{name}{value:.3f} at step {first}, {then:.3f} at step {last}")
                 if line.oracle is not None:
                     told[-1] += f", oracle {line.oracle:.3f}"
         return f"{self.title}, {self.better} is better: {'; '.join(told)}."
 
 
-def _curve_panels(curve: Sequence[dict[str, Any]], oracle: dict[str, Any]) -> tuple[_Panel, _Panel, _Panel]:
+def _curve_panels(curve: Sequence[dict[str, Any]], oracle: dict[str, Any]) -> tuple[Panel, Panel, Panel]:
     """Familiarity, accuracy, and perplexity as a multiple of that before."""
     curve = sorted(curve, key=lambda point: point["step"])
     familiarity = [
-        _Line(kind, marker, colour, _series(curve, f"familiarity_{kind}"), oracle.get(f"familiarity_{kind}"))
+        Line(kind, marker, colour, _series(curve, f"familiarity_{kind}"), oracle.get(f"familiarity_{kind}"))
         for kind, marker, colour in (("completion", "o", VERMILION), ("probability", "s", BLUE))
     ]
     accuracy = _series(curve, "general_accuracy")
     price = _series(curve, "general_perplexity")
     first, at_oracle = price[0][1] if price else None, oracle.get("general_perplexity")
     ratio = at_oracle / first if first and at_oracle is not None else None
-    price = [(x, y / first, None) for x, y, _ in price]
+    price = [(x, y / first, pair and tuple(end / first for end in pair)) for x, y, pair in price]
     return (
-        _Panel("Familiarity with the target", "lower", familiarity, 0.05, from_zero=True),
-        _Panel(
+        Panel("Familiarity with the target", "lower", familiarity, 0.05, from_zero=True),
+        Panel(
             "General accuracy",
             "higher",
-            [_Line("", "o", GREEN, accuracy, oracle.get("general_accuracy"))],
+            [Line("", "o", GREEN, accuracy, oracle.get("general_accuracy"))],
             0.1,
         ),
-        _Panel("General perplexity / before", "lower", [_Line("", "o", PURPLE, price, ratio)], 0.1),
+        Panel("General perplexity / before", "lower", [Line("", "o", PURPLE, price, ratio)], 0.1),
     )
 
 
-def _draw_panel(axes, panel: _Panel, *, apart: float) -> None:
-    """The lines with their intervals, and names and last values beside them.
+def draw_panel(axes, panel: Panel, *, apart: float) -> None:
+    """The lines with their intervals as bands, and names and last values beside them.
 
     apart: least distance of two labels, as a share of the height.
     """
@@ -157,10 +165,11 @@ def _draw_panel(axes, panel: _Panel, *, apart: float) -> None:
         steps, heights, pairs = zip(*line.points, strict=True)
         look = {"color": line.colour, "zorder": 3, "clip_on": False}
         axes.plot(steps, heights, marker=line.marker, ms=4.5, lw=2, **look)
-        for step, pair in zip(steps, pairs, strict=True):
-            if pair is not None:
-                axes.plot([step, step], pair, lw=1.1, alpha=0.75, marker="_", ms=4.5, **look)
-                values += pair
+        known = [(step, *pair) for step, pair in zip(steps, pairs, strict=True) if pair is not None]
+        if known:
+            at, low, high = zip(*known, strict=True)
+            axes.fill_between(at, low, high, color=line.colour, alpha=0.16, lw=0, zorder=1)
+            values += low + high
         labels.append((heights[-1], f"{line.name} {heights[-1]:.3f}".strip(), line.colour, "bold"))
         values += heights
         if line.oracle is not None:
@@ -177,7 +186,7 @@ def _draw_panel(axes, panel: _Panel, *, apart: float) -> None:
     axes.grid(axis="y", color=RULE, lw=0.6)
     axes.set_axisbelow(True)
     axes.locator_params(axis="y", nbins=6)
-    axes.set_xlabel("step of the unlearning")
+    axes.set_xlabel(panel.steps)
     axes.xaxis.get_major_locator().set_params(integer=True)
     _label_right(axes, labels, apart)
 

@@ -25,7 +25,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -46,11 +46,15 @@ from whp_fast.scoring import (
     document_ids,
     evaluation_mode,
     first_scored_token,
+    generated_texts,
     next_token_logits,
     next_word_tokens,
     target_log_probs,
     token_text,
 )
+
+if TYPE_CHECKING:
+    from whp_fast.evaluation.chat_template import ChatTemplate
 
 FIGURES = ("familiarity_completion", "familiarity_probability", "general_accuracy", "general_perplexity")
 
@@ -125,6 +129,7 @@ def evaluate(
     max_new_tokens: int = 40,
     batch_size: int = 32,
     context: int = 512,
+    chat: ChatTemplate | None = None,
 ) -> EvaluationResult:
     """Measure the four figures of a model.
 
@@ -139,6 +144,7 @@ def evaluate(
         max_new_tokens: length of a completion, in tokens.
         batch_size: rows of a batch; it does not change the figures beyond rounding.
         context: tokens of a block of general text.
+        chat: familiarity prompts are given as a user's messages in this template; None: as they are.
 
     Raises:
         UserError: a fault in a file (when paths are given).
@@ -148,7 +154,7 @@ def evaluate(
     with evaluation_mode(model):
         if data.familiarity is not None:
             result.completions = judged_completions(
-                model, tokenizer, data.familiarity, judge or LexicalJudge(), max_new_tokens, batch_size
+                model, tokenizer, data.familiarity, judge or LexicalJudge(), max_new_tokens, batch_size, chat
             )
             classes = [completion["class"] for completion in result.completions]
             known = [c for c in classes if c is not UNJUDGED]
@@ -189,9 +195,11 @@ def judged_completions(
     judge: Judge,
     max_new_tokens: int = 40,
     batch_size: int = 32,
+    chat: ChatTemplate | None = None,
 ) -> list[dict[str, Any]]:
     """Greedy completions with the judge's class and, where the judge names it, its evidence."""
-    texts = continuations(model, tokenizer, [item.prompt for item in prompts], max_new_tokens, batch_size)
+    rows = prompt_ids(tokenizer, [item.prompt for item in prompts], chat)
+    texts = generated_texts(model, tokenizer, rows, max_new_tokens, batch_size)
     classes = judged(judge, [(item.prompt, text, item) for item, text in zip(prompts, texts, strict=True)])
     evidence = getattr(judge, "evidence", lambda prompt, completion, item: [])
     return [
@@ -203,6 +211,13 @@ def judged_completions(
         }
         for item, text, number in zip(prompts, texts, classes, strict=True)
     ]
+
+
+def prompt_ids(tokenizer, prompts: Sequence[str], chat: ChatTemplate | None = None) -> list[list[int]]:
+    """The tokens of prompts: texts that begin here, or a user's messages in a chat template."""
+    if chat is not None:
+        return [chat.ids(tokenizer, prompt) for prompt in prompts]
+    return [document_ids(tokenizer, prompt) for prompt in prompts]
 
 
 def idiosyncratic_probabilities(

@@ -9,7 +9,7 @@ from whp_fast.alignment import Aligner
 from whp_fast.anchors import load_dictionary
 from whp_fast.artifacts import files_digest
 from whp_fast.checkpoint import load_config, load_model
-from whp_fast.config import JobConfig
+from whp_fast.config import ONLY_ATTACKS, JobConfig
 from whp_fast.corpus import corpus_files
 from whp_fast.errors import UserError
 from whp_fast.label import make_aligner
@@ -65,7 +65,10 @@ class Inputs:
             for path in self._evaluation_files().values()
             for f in ([path] if path.is_file() else corpus_files([path]))
         ]
-        return {"files": files_digest(files), "settings": dataclasses.asdict(self._evaluate)}
+        settings = dataclasses.asdict(self._evaluate)
+        for name in ONLY_ATTACKS:
+            del settings[name]
+        return {"files": files_digest(files), "settings": settings}
 
     def _evaluation_files(self) -> dict[str, Path]:
         names = {

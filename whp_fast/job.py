@@ -4,33 +4,37 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from rich.markup import escape
 
+from whp_fast import attention
 from whp_fast.alignment import save_alignment
 from whp_fast.anchors import nearest_words
 from whp_fast.artifacts import RunFolder, Stage, files_digest, flatten, stage_fingerprint, write_json
+from whp_fast.attack_stage import AttackStage, Begun
 from whp_fast.checkpoint import load_model
 from whp_fast.choices import tell_choices
 from whp_fast.config import RESULT_OF_MEMORY, JobConfig, TrainConfig
 from whp_fast.corpus import Blocks, TokenWriter, tokenise_corpus
+from whp_fast.energy import EnergyMeter, uuids_at_work
 from whp_fast.errors import UserError
 from whp_fast.evaluate import EvaluationResult, evaluate, next_token_table
+from whp_fast.evaluation.chat_template import ChatTemplate, load_chat_template
+from whp_fast.evaluation.questions import answers_given_away
 from whp_fast.export import export_model, model_card
+from whp_fast.fp8 import refuse_fp8
 from whp_fast.inputs import Inputs, model_files
 from whp_fast.judge import LexicalJudge
 from whp_fast.label_stage import RETAIN, TARGETS, LabelStage, labels_file
-from whp_fast.label_statistics import label_page
 from whp_fast.objectives import LabelTargets, Objective
 from whp_fast.processes import Processes
 from whp_fast.progress import say, track
-from whp_fast.report import ReportData, join_next_tokens, write_report
+from whp_fast.report import write_report
+from whp_fast.report_stage import report_data
 from whp_fast.soft_targets import RetainTargets, SoftTargets
 from whp_fast.teacher_cache import HiddenCache
 from whp_fast.training_stage import TrainingStage
@@ -47,12 +51,17 @@ class Job:
         self.config = config
         self.processes = processes or Processes()
         self.device = _device(config.run.device, self.processes)
+        refuse_fp8(config, self.device)
         _set_threads(config.run.threads, self.processes)
         if self.device.type == "cuda":
             # the same seed gives the same bits; cuBLAS reads the variable when it starts
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True, warn_only=True)
+        attention.choose(config.model.attention, self.device, getattr(torch, config.model.compute_dtype))
         self.inputs = Inputs(config)
+        self._chat = self._chat_template()
+        asked = config.evaluate.attacks
+        self._attack_stage = AttackStage(config, self.inputs, self._chat) if asked else None
         self.stages: dict[str, Stage] = {}
         self.path = Path(config.run.dir)
         # the folder is the first process's; the others write nothing but parts of what it makes whole
@@ -196,7 +205,8 @@ class Job:
             due = settings.evaluate_every and (step % settings.evaluate_every == 0 or step == n_steps)
             if not due or self.inputs.evaluation is None or not (self.processes.first or trainee.sharded):
                 return None
-            return self._evaluate(trainee.model, self.config.evaluate.curve_prompts or None).figures
+            found = self._evaluate(trainee.model, self.config.evaluate.curve_prompts or None)
+            return found.figures | {"intervals": found.intervals}
 
         def work(folder: Path) -> dict:
             summary, curve = training.work(folder, self._objectives, point)
@@ -286,12 +296,34 @@ class Job:
         self._told(stage, f"Hugging Face folder {stage.folder}")
         return stage
 
+    def attack(self) -> Stage | None:
+        """What is tried to bring the text back: ``attacks.json``; None where nothing is asked for."""
+        if self._attack_stage is None:
+            return None
+        models = {"after": self.stages["unlearn"].folder / "model"}
+        if self.config.evaluate.oracle:
+            models["oracle"] = Path(self.config.evaluate.oracle)
+        depends = self._attack_stage.depends() | {"evaluate": self.stages["evaluate"].fingerprint}
+        begun = Begun(self.path / ".attack.snapshots", stage_fingerprint("attack", depends))
+
+        def work(folder: Path) -> dict:
+            return self._attack_stage.work(folder, models, self.device, begun)
+
+        stage = self._stage("attack", depends, work)
+        if self.processes.first:
+            begun.remove()
+        self._told(stage, f"{', '.join(stage.summary['attacks'])} on {' and '.join(models)}")
+        return stage
+
     def report(self, earlier_seconds: dict[str, float]) -> Stage:
         """``report.html``, ``report.md``, ``metrics.json`` and pictures."""
         seconds = {**earlier_seconds, **{name: stage.seconds for name, stage in self.stages.items()}}
 
         def work(folder: Path) -> dict:
-            write_report(folder, self._report_data(seconds))
+            data = report_data(
+                self.config, self.inputs, self.stages, self._blocks(), seconds, self._warnings()
+            )
+            write_report(folder, data)
             return {}
 
         depends = {name: stage.fingerprint for name, stage in self.stages.items()} | {
@@ -318,7 +350,7 @@ class Job:
         memory = dataclasses.asdict(self.config.memory)
         return {
             "settings": dataclasses.asdict(settings),
-            "dtype": self.config.model.compute_dtype,
+            "dtype": [self.config.model.compute_dtype, self.config.model.fp8],
             "seed": self.config.run.seed,
             "memory": {key: memory[key] for key in RESULT_OF_MEMORY},
         }
@@ -352,41 +384,6 @@ class Job:
             objectives.append(Objective(kept, RetainTargets(cache, heads[0], kept), settings.retain_weight))
         return objectives
 
-    def _report_data(self, seconds: dict[str, float]) -> ReportData:
-        def read(stage: str, name: str):
-            file = self.stages[stage].folder / name
-            return json.loads(file.read_text()) if file.is_file() else None
-
-        results = {name: read("evaluate", f"{name}.json") for name in ("before", "after", "oracle")}
-        results = {name: EvaluationResult.from_json(r) for name, r in results.items() if r is not None}
-
-        blocks = self._blocks()
-        labels = np.load(self.stages["label"].folder / labels_file(self.config.label.alpha), mmap_mode="r")
-        reason = np.load(self.stages["label"].folder / "reason.npy", mmap_mode="r")
-        shown = _telling_block(
-            blocks, np.load(self.stages["align"].folder / "used_offsets.npy", mmap_mode="r")
-        )
-        here = slice(*blocks.offsets(shown, shown + 1))
-        tables = {
-            name: read("evaluate", f"next_tokens_{name}.json") for name in ("before", "after", "oracle")
-        }
-        return ReportData(
-            title=f"{self.inputs.base.name}: forgetting {_names(self.config.data.corpus)}",
-            model_name=self.inputs.base.name,
-            settings=self.config.settings(),
-            before=results.get("before", EvaluationResult()),
-            after=results.get("after", EvaluationResult()),
-            oracle=results.get("oracle"),
-            curve=read("unlearn", "curve.json") or [],
-            curve_prompts=self.config.evaluate.curve_prompts,
-            label_stats=read("label", "statistics.json"),
-            label_page=label_page(self.inputs.tokenizer, blocks[shown], labels[here], reason[here]),
-            next_tokens=join_next_tokens(**tables) if tables["before"] else [],
-            attacks=read("evaluate", "attacks.json") or [],
-            seconds=seconds,
-            gpus=self.processes.world_size if self.device.type == "cuda" else 0,
-        )
-
     # Small things --------------------------------------------------------------------------------------
 
     def _stage(self, name: str, depends: dict, work, *, together: bool = False) -> Stage:
@@ -397,7 +394,12 @@ class Job:
         def begin(folder: Path) -> dict:
             if together:
                 tell(folder)
-            return work(folder)
+            gpus = self.processes.world_size if self.device.type == "cuda" else 0
+            with EnergyMeter(self._gpus_to_read()) as meter:
+                summary = work(folder) or {}
+                # what an earlier start took was not read
+                joules = {} if summary.get("earlier_seconds") else meter.joules()
+            return summary | {"cost": {"gpus": gpus, "joules": joules}}
 
         if self._run is not None:
             done = tell(self._run.finished(name, stage_fingerprint(name, depends)))
@@ -412,6 +414,26 @@ class Job:
         self.stages[name] = done
         return done
 
+    def _gpus_to_read(self) -> list[str]:
+        """GPUs whose energy this process can read: all of the job, or none."""
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        return uuids_at_work(self.device, here) if here == self.processes.world_size else []
+
+    def _chat_template(self) -> ChatTemplate | None:
+        if not self.config.evaluate.chat_template:
+            return None
+        folder = Path(self.config.data.tokenizer or self.inputs.base)
+        folder = folder if folder.is_dir() else folder.parent
+        chat = load_chat_template(folder, self.inputs.tokenizer)
+        if chat is None:
+            raise UserError(f"evaluate.chat_template: {folder} has none; set it to false.")
+        return chat
+
+    def _warnings(self) -> list[str]:
+        """What a person should know of the prompts."""
+        found = answers_given_away(self.inputs.evaluation) if self.inputs.evaluation else []
+        return found + (self._attack_stage.warnings if self._attack_stage else [])
+
     def _blocks(self) -> Blocks:
         tokens = np.load(self.stages["prepare"].folder / "tokens.npy", mmap_mode="r")
         return Blocks.of(tokens, self.config.data.context, drop_tail=self.config.anchors.reference_rules)
@@ -425,6 +447,7 @@ class Job:
             max_prompts=max_prompts,
             max_new_tokens=self.config.evaluate.max_new_tokens,
             context=self.config.data.context,
+            chat=self._chat,
         )
 
     def _announce(self) -> None:
@@ -439,6 +462,8 @@ class Job:
         dropped = self.inputs.dictionary.dropped
         if dropped:
             say(f"  anchors     {len(dropped)} expressions left out by the cleaning rules")
+        for warning in self._warnings():
+            say(f"[yellow]warning:[/yellow] {escape(warning)}")
 
     def _told(self, stage: Stage, text: str) -> None:
         name = stage.folder.name
@@ -509,12 +534,3 @@ def _set_threads(threads: int, processes: Processes) -> None:
         threads = max(1, len(os.sched_getaffinity(0)) // here)
     if threads:
         torch.set_num_threads(threads)
-
-
-def _names(paths: Sequence[str]) -> str:
-    return ", ".join(Path(p).name for p in paths[:3]) + (" and others" if len(paths) > 3 else "")
-
-
-def _telling_block(blocks: Blocks, used_offsets: np.ndarray) -> int:
-    """The block with the most expressions among the first thousand: the one worth showing."""
-    return int(np.argmax(np.diff(used_offsets[: min(len(blocks), 1000) + 1])))

@@ -240,7 +240,10 @@ class _Entry:
 def _json_list(path: Path | str) -> Iterator[_Entry]:
     """The entries of a JSON file that is one list of objects with distinct prompts."""
     path = Path(path)
-    content = _parse(_read(path), path, "")
+    text = _read(path)
+    if not text.strip():
+        raise UserError(f"{path}: the file is empty; add entries or leave the setting out.")
+    content = _parse(text, path, "")
     if not isinstance(content, list):
         raise UserError(
             f"{path}: the file holds {_shown(content)}, but it must be a list [ ]; put the entries into one."

@@ -5,30 +5,33 @@ program.
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from whp_fast import figures
 from whp_fast.curve_figures import draw_curve
 from whp_fast.evaluate import FIGURES
+from whp_fast.evaluation.curve import draw_relearning
 from whp_fast.figures import shown_piece
 from whp_fast.judge import spans
-from whp_fast.markdown import code, duration, escaped
+from whp_fast.markdown import code, escaped
+from whp_fast.report_attacks import attack_figures, relearning_rows, told_lines
+from whp_fast.report_attacks import in_plain_words as under_attack
 from whp_fast.report_content import (
+    ATTACKS,
+    ATTACKS_ORACLE,
     BETTER,
     INTERVALS,
     MAX_PANELS,
     NAMES,
     ReportData,
-    attack_rows,
     bars,
     basis,
     completion_pairs,
-    cost_rows,
     curve_with_intervals,
     figure_intervals,
     finite,
-    interval,
     join_next_tokens,
     number,
     setting_rows,
@@ -36,8 +39,10 @@ from whp_fast.report_content import (
     signed,
     verdict,
     verdict_rule,
-    with_total,
+    was_gone,
+    with_interval,
 )
+from whp_fast.report_cost import cost_table, gpu_seconds, with_total
 from whp_fast.report_page import report_page
 
 __all__ = ["ReportData", "join_next_tokens", "share_removed", "verdict", "write_report"]
@@ -49,7 +54,8 @@ def write_report(folder: Path | str, data: ReportData) -> Path:
 
     The HTML page holds its pictures. Those of the Markdown: ``curve.png`` (from two points of the curve on),
     ``next_tokens.png``, ``labels.png``. ``metrics.json`` holds before, after, oracle (four figures each;
-    oracle may be null), seconds, settings, curve, and the intervals of the figures of each model.
+    oracle may be null), seconds, GPU-seconds, joules, settings, curve, the intervals of the figures of each
+    model, attacks and warnings.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -58,9 +64,13 @@ def write_report(folder: Path | str, data: ReportData) -> Path:
         "after": data.after.figures,
         "oracle": data.oracle.figures if data.oracle else None,
         "seconds": with_total(data.seconds),
+        "gpu_seconds": gpu_seconds(data),
+        "joules": data.energy,
         "settings": data.settings,
-        "curve": data.curve,
+        "curve": curve_with_intervals(data),
         "intervals": figure_intervals(data),
+        "attacks": [asdict(line) for line in attack_figures(data.attacks)],
+        "warnings": data.warnings,
     }
     text = json.dumps(finite(metrics), indent=2, ensure_ascii=False, allow_nan=False)
     (folder / "metrics.json").write_text(text + "\n", encoding="utf-8")
@@ -70,7 +80,7 @@ def write_report(folder: Path | str, data: ReportData) -> Path:
         _completions(data),
         _next_tokens(folder, data),
         _labels(folder, data),
-        _attacks(data),
+        _attacks(folder, data),
         f"## What these figures do not show\n\n{data.limits}",
         _settings(data),
         _cost(data),
@@ -100,6 +110,7 @@ def _answer(data: ReportData) -> str:
         percent = 100 * (after["general_perplexity"] / before["general_perplexity"] - 1)
         price.append(f"general perplexity {change('general_perplexity')} ({signed(percent)} %)")
     known = figure_intervals(data)
+    attacked = under_attack(attack_figures(data.attacks), was_gone(data))
     lines = [
         f"# {escaped(data.title)}",
         "",
@@ -107,6 +118,7 @@ def _answer(data: ReportData) -> str:
         "",
         f"**At what price?** {_upper('; '.join(price)) or 'Not measured'}.",
         "",
+        *([f"**And under attack?** {escaped(attacked)}", ""] if attacked else []),
         f"Model: {escaped(data.model_name)}.",
         "",
         f"| | {' | '.join(data.results)} | better |",
@@ -115,28 +127,35 @@ def _answer(data: ReportData) -> str:
     for name in FIGURES:
         values = []
         for model, result in data.results.items():
-            pair = interval(known[model].get(name))
-            values.append(number(name, result.figures[name]) + (f" ({pair})" if pair else ""))
+            values.append(with_interval(name, result.figures[name], known[model].get(name)))
         lines.append(f"| {NAMES[name]} | {' | '.join(values)} | {BETTER[name]} |")
     if basis(data):
         lines += ["", f"Measured on {basis(data)}. {INTERVALS}"]
     if data.oracle:
         lines += ["", "The oracle is a model that never saw the target: what forgetting would reach at best."]
     lines += ["", f"_{verdict_rule(data)}_"]
+    if data.warnings:
+        lines += ["", "Warnings:", "", *(f"- {escaped(warning)}" for warning in data.warnings)]
     return "\n".join(lines)
 
 
 def _curve(folder: Path, data: ReportData) -> str:
     if len(data.curve) < 2:
         return ""
-    note = "Upright lines: 95 % intervals."
+    note = "Bands: 95 % intervals."
     if data.curve_prompts:
         note += f" Each point: the same {data.curve_prompts} prompts of each kind."
     oracle = data.oracle.figures if data.oracle else {}
     if oracle:
         note += " Dashed: the oracle, a model that never saw the target, on all prompts."
-    draw_curve(folder / "curve.png", curve_with_intervals(data), oracle, note)
-    return "## Forgetting, step by step\n\n![Familiarity and utility by step](curve.png)"
+    points = curve_with_intervals(data)
+    draw_curve(folder / "curve.png", points, oracle, note)
+    lines = ["## Forgetting, step by step", "", "![Familiarity and utility by step](curve.png)", ""]
+    lines += [f"| step | {' | '.join(NAMES.values())} |", "|---:|" + "---:|" * len(NAMES)]
+    for point in points:
+        cells = [with_interval(name, point.get(name), point["intervals"][name]) for name in FIGURES]
+        lines.append(f"| {point['step']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def _completions(data: ReportData) -> str:
@@ -213,26 +232,28 @@ def _labels(folder: Path, data: ReportData) -> str:
     return "\n".join(lines)
 
 
-def _attacks(data: ReportData) -> str:
-    rows = attack_rows(data.attacks)
-    if not rows:
+def _attacks(folder: Path, data: ReportData) -> str:
+    lines = attack_figures(data.attacks)
+    if not lines:
         return ""
-    lines = [
+    oracle = any(line.oracle.value is not None for line in lines)
+    heads = ["attack", "figure", "before", "after"] + (["oracle after"] if oracle else [])
+    told = [
         "## Attacks",
         "",
-        "What comes back when it is asked for by other means: the unlearned model before and after the "
-        "attack. In brackets 95 % intervals, where there are any.",
+        ATTACKS.format(oracle=ATTACKS_ORACLE if oracle else ""),
         "",
-        "| attack | figure | before | after |",
-        "|---|---|---:|---:|",
+        f"| {' | '.join(heads)} |",
+        "|---|---|" + "---:|" * (len(heads) - 2),
     ]
-    for row in rows:
-        values = []
-        for when in ("before", "after"):
-            pair = interval(row[f"{when}_interval"])
-            values.append(number(row["figure"], row[when]) + (f" ({pair})" if pair else ""))
-        lines.append(f"| {escaped(row['attack'])} | {escaped(row['figure'])} | {' | '.join(values)} |")
-    return "\n".join(lines)
+    for line in told_lines(lines)[0]:
+        values = (line.before, line.after, line.oracle)[: len(heads) - 2]
+        cells = [escaped(line.name), line.metric_name]
+        cells += [with_interval(line.metric, value.value, value.interval) for value in values]
+        told.append(f"| {' | '.join(cells)} |")
+    if draw_relearning(folder / "relearning.png", relearning_rows(data.attacks)):
+        told += ["", "![What relearning brings back, step by step](relearning.png)"]
+    return "\n".join(told)
 
 
 def _settings(data: ReportData) -> str:
@@ -245,19 +266,14 @@ def _settings(data: ReportData) -> str:
 
 
 def _cost(data: ReportData) -> str:
-    if not data.seconds:
+    heads, rows, notes = cost_table(data)
+    if not rows:
         return ""
-    heads = ["stage", "time"] + (["GPU-seconds"] if data.gpus else []) + (["energy"] if data.energy else [])
     lines = ["## Cost", "", f"| {' | '.join(heads)} |", "|---|" + "---:|" * (len(heads) - 1)]
-    for stage, seconds, gpu_seconds, joules in cost_rows(data):
-        cells = [escaped(stage), duration(seconds)]
-        cells += [f"{gpu_seconds:,.0f}"] if data.gpus else []
-        cells += ["–" if joules is None else f"{joules / 3600:,.2f} Wh"] if data.energy else []
-        bold = "**" if stage == "total" else ""
-        lines.append(f"| {' | '.join(f'{bold}{cell}{bold}' for cell in cells)} |")
-    if not data.energy:
-        lines += ["", "Energy: not measured."]
-    return "\n".join(lines)
+    for row in rows:
+        bold = "**" if row[0] == "total" else ""
+        lines.append(f"| {' | '.join(f'{bold}{escaped(cell)}{bold}' for cell in row)} |")
+    return "\n".join([*lines, "", " ".join(notes)])
 
 
 def _upper(text: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from whp_fast import intervals
 from whp_fast.evaluate import FIGURES, EvaluationResult
+from whp_fast.report_attacks import attack_figures
 
 MAX_PANELS = 6  # prompts in the picture of next tokens
 MAX_BARS = 6  # tokens of each of them
@@ -38,6 +39,14 @@ general it is known that further training on related public text brings content 
 arXiv 2406.13356), and so does quantisation to 4 bits, most of all after small learning rates (Zhang et
 al. 2024, arXiv 2410.16454). {tried}
 The default judge looks up listed words and does not see knowledge told in other words."""
+ATTACKS = (
+    "What comes back when it is asked for by other means: figures of the unlearned model before and after "
+    "each attack{oracle}. Lower is better. Beside the figures 95 % intervals."
+)
+ATTACKS_ORACLE = (
+    ", and after it those of the oracle, a model that never saw the target: what it gives too was learnt or "
+    "guessed in the attack, and did not come back"
+)
 NOT_TRIED = "Paraphrase, translation, relearning and quantisation were not tried here."
 TRIED = "What was tried of this here stands under Attacks; what does not stand there was not tried."
 
@@ -72,16 +81,18 @@ class ReportData:
     next_tokens: list[dict[str, Any]] = field(default_factory=list)
     """Next-token probabilities by prompt, as `join_next_tokens` makes them from tables of each model."""
     attacks: list[dict[str, Any]] = field(default_factory=list)
-    """``{"attack": str, "figure": str, "before": number or None, "after": ..., "interval": ...}`` each;
-    a figure of the unlearned model before and after the attack. The interval is ``[low, high]`` of after, or
-    ``{"before": [low, high], "after": [low, high]}``; it may be missing. Rows as
-    ``whp_fast.evaluation.attacks.AttackRow.to_json`` makes them are read too."""
+    """Rows as ``whp_fast.evaluation.attacks.AttackRow.to_json`` makes them. Read too are rows of
+    ``{"attack": str, "figure": str, "before": number or None, "after": ..., "interval": ...}``, whose
+    interval is ``[low, high]`` of after, or ``{"before": [low, high], "after": [low, high]}``; it may be
+    missing."""
+    warnings: list[str] = field(default_factory=list)
+    """What a person should know of the prompts and files."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall-clock seconds of each stage, in order; ``"total"`` is their sum if it is not given."""
-    gpus: int = 0
-    """GPUs the job ran on; 0: none."""
-    energy: dict[str, float] = field(default_factory=dict)
-    """Joules of each stage, where they could be read."""
+    gpus: dict[str, int] = field(default_factory=dict)
+    """GPUs that the job held in each stage; a stage that is not named: none."""
+    energy: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Joules of each stage, where they could be read: ``{"gpus": ..., "processors": ...}``."""
 
     @property
     def results(self) -> dict[str, EvaluationResult]:
@@ -91,7 +102,7 @@ class ReportData:
 
     @property
     def limits(self) -> str:
-        return LIMITS.format(tried=TRIED if attack_rows(self.attacks) else NOT_TRIED)
+        return LIMITS.format(tried=TRIED if attack_figures(self.attacks) else NOT_TRIED)
 
 
 def join_next_tokens(
@@ -143,6 +154,11 @@ def verdict(data: ReportData) -> str:
         if min(known) >= least:
             return words
     return "No, it is still there"
+
+
+def was_gone(data: ReportData) -> bool:
+    """Whether the verdict is that it is gone, or mostly."""
+    return verdict(data).split()[0] in ("Gone,", "Mostly")
 
 
 def verdict_rule(data: ReportData) -> str:
@@ -247,43 +263,6 @@ def bars(entry: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def attack_rows(attacks: Any) -> list[dict[str, Any]]:
-    """The attacks with ``before``, ``after`` and their intervals as numbers or None; entries without a name
-    are left out."""
-    rows = []
-    if isinstance(attacks, dict):
-        attacks = attacks.get("attacks")
-    for entry in attacks if isinstance(attacks, list) else []:
-        if not isinstance(entry, dict) or not entry.get("attack"):
-            continue
-        given = entry.get("interval")
-        found = given if isinstance(given, dict) else {"after": given}
-        name = ", ".join(str(entry[key]) for key in ("attack", "setting", "model") if entry.get(key))
-        figure = str(entry.get("figure") or entry.get("metric") or "")
-        row = {"attack": name, "figure": figure.replace("_", " ")}
-        for when in ("before", "after"):
-            value, pair = entry.get(when), found.get(when)
-            if isinstance(value, dict):  # a figure with its own interval
-                value, pair = value.get("value"), (value.get("low"), value.get("high"))
-            pair = [_number(end) for end in pair] if isinstance(pair, (list, tuple)) else []
-            row[when] = _number(value)
-            row[f"{when}_interval"] = tuple(pair) if len(pair) == 2 and None not in pair else None
-        rows.append(row)
-    return rows
-
-
-def cost_rows(data: ReportData) -> list[tuple[str, float, float | None, float | None]]:
-    """(stage, seconds, GPU-seconds or None without GPUs, joules or None if not measured), the total last."""
-    seconds = with_total(data.seconds)
-    energy = {stage: joules for stage, joules in data.energy.items() if stage != "total"}
-    if energy:
-        energy["total"] = data.energy.get("total", sum(energy.values()))
-    return [
-        (stage, value, value * data.gpus if data.gpus else None, energy.get(stage))
-        for stage, value in seconds.items()
-    ]
-
-
 def figure_intervals(data: ReportData) -> dict[str, dict[str, intervals.Interval | None]]:
     """The intervals of each model's figures."""
     return {name: intervals.of_result(result) for name, result in data.results.items()}
@@ -292,15 +271,15 @@ def figure_intervals(data: ReportData) -> dict[str, dict[str, intervals.Interval
 def curve_with_intervals(data: ReportData) -> list[dict[str, Any]]:
     """The points of the curve, by step, each with ``"intervals": {figure: (low, high) or None}``."""
     counts = intervals.prompts(data.before, data.curve_prompts)
-    return [
-        finite(point) | {"intervals": {n: intervals.wilson(point.get(n), c) for n, c in counts.items()}}
-        for point in sorted(data.curve, key=lambda point: point["step"])
-    ]
-
-
-def with_total(seconds: dict[str, float]) -> dict[str, float]:
-    stages = {stage: value for stage, value in seconds.items() if stage != "total"}
-    return stages | {"total": seconds.get("total", sum(stages.values()))} if seconds else {}
+    points = []
+    for point in sorted(data.curve, key=lambda point: point["step"]):
+        found = {}
+        for name in FIGURES:
+            low, high = (point.get("intervals") or {}).get(name) or (0.0, 0.0)
+            wide = intervals.wilson(point.get(name), counts.get(name, 0))
+            found[name] = (low, high) if high > low else wide
+        points.append(finite(point) | {"intervals": found})
+    return points
 
 
 def number(name: str, value: float | None) -> str:
@@ -310,8 +289,14 @@ def number(name: str, value: float | None) -> str:
     return f"{value:.2f}" if name == "general_perplexity" else f"{value:.3f}"
 
 
-def interval(pair: Sequence[float] | None) -> str:
-    return "" if pair is None else f"{pair[0]:.3f}–{pair[1]:.3f}"
+def with_interval(name: str, value: float | None, pair: Sequence[float] | None) -> str:
+    """A figure with its interval in brackets, as plain text."""
+    return number(name, value) + (f" ({interval(pair, name)})" if pair and value is not None else "")
+
+
+def interval(pair: Sequence[float] | None, name: str = "") -> str:
+    """The interval of a figure, with as many digits as `number` gives it."""
+    return "" if pair is None else "–".join(number(name, end) for end in pair)
 
 
 def signed(value: float) -> str:
@@ -341,8 +326,3 @@ def finite(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if value is None or isinstance(value, (str, int)) else str(value)
-
-
-def _number(value: Any) -> float | None:
-    known = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if known else None

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from whp_fast.curve_figures import curve_svgs
 from whp_fast.evaluate import FIGURES
+from whp_fast.evaluation.curve import relearning_svgs
 from whp_fast.judge import spans
-from whp_fast.markdown import duration
 from whp_fast.page import document, escaped, legend, shown_token, table, token_boxes
+from whp_fast.report_attacks import AttackFigure, attack_figures, relearning_rows, told_lines
+from whp_fast.report_attacks import in_plain_words as under_attack
 from whp_fast.report_content import (
+    ATTACKS,
+    ATTACKS_ORACLE,
     BETTER,
     INTERVALS,
     MAX_PANELS,
     NAMES,
     ReportData,
     accuracy_change,
-    attack_rows,
     bars,
     basis,
     completion_pairs,
-    cost_rows,
     curve_with_intervals,
     figure_intervals,
     in_plain_words,
@@ -30,7 +33,9 @@ from whp_fast.report_content import (
     signed,
     verdict,
     verdict_rule,
+    was_gone,
 )
+from whp_fast.report_cost import cost_table
 
 MAX_PROMPTS = 24  # of next tokens, those behind the first panels folded away
 MAX_FOLDED = 300  # completions that are folded away
@@ -66,11 +71,14 @@ def _answer(data: ReportData) -> str:
     wanted = ["general_accuracy", "general_perplexity"]
     wanted.insert(0, FIGURES[0] if FIGURES[0] in measured else FIGURES[1])
     cards = "".join(_card(data, name, known) for name in wanted if name in measured)
+    attacked = under_attack(attack_figures(data.attacks), was_gone(data))
+    attacked = f"<p><b>And under attack?</b> {escaped(attacked)}</p>" if attacked else ""
     key = "○ before, ● after with its 95 % interval" + (", ▏the oracle" if data.oracle else "")
     return (
         f'<header><p class="small">{escaped(data.title)} · model {escaped(data.model_name)}</p>'
         "<h1>Is it gone, and at what price?</h1>"
         f'<p class="verdict">{escaped(verdict(data))}.</p><p>{escaped(in_plain_words(data))}</p>'
+        f"{attacked}"
         f'<div class="cards">{cards}</div>'
         + (f'<p class="small" aria-hidden="true">{key}</p>' if "gauge" in cards else "")
         + "</header>"
@@ -80,7 +88,7 @@ def _answer(data: ReportData) -> str:
 def _card(data: ReportData, name: str, known: dict) -> str:
     before, after = data.before.figures[name], data.after.figures[name]
     lines = []
-    pairs = [interval(known[model].get(name)) for model in ("before", "after")]
+    pairs = [interval(known[model].get(name), name) for model in ("before", "after")]
     if any(pairs):
         lines.append(f"95 %: {pairs[0] or '–'} → {pairs[1] or '–'}")
     change = accuracy_change(data) if name == "general_accuracy" else None
@@ -124,7 +132,7 @@ def _figures(data: ReportData) -> str:
     for name in FIGURES:
         row = [f"{NAMES[name]}<br><small>{BETTER[name]} is better</small>"]
         for model, result in data.results.items():
-            pair = interval(known[model].get(name))
+            pair = interval(known[model].get(name), name)
             row.append(number(name, result.figures[name]) + (f"<br><small>{pair}</small>" if pair else ""))
         rows.append(row)
     models = list(data.results)
@@ -139,6 +147,9 @@ def _figures(data: ReportData) -> str:
             "at best.</p>"
         )
     parts.append(f'<p class="small">{escaped(verdict_rule(data))}</p>')
+    if data.warnings:
+        told = "".join(f"<li>{escaped(warning)}</li>" for warning in data.warnings)
+        parts.append(f"<h3>Warnings</h3><ul>{told}</ul>")
     return "".join(parts)
 
 
@@ -147,7 +158,7 @@ def _curve(data: ReportData) -> str:
         return ""
     points = curve_with_intervals(data)
     panels = curve_svgs(points, data.oracle.figures if data.oracle else {})
-    note = "Upright lines are 95 % intervals."
+    note = "Bands are 95 % intervals."
     if data.curve_prompts:
         note += f" Each point rests on at most {data.curve_prompts} prompts of each kind, always the same."
     if data.oracle:
@@ -156,7 +167,7 @@ def _curve(data: ReportData) -> str:
         [str(point["step"])]
         + [
             number(name, point.get(name))
-            + (f" <small>{interval(pair)}</small>" if (pair := point["intervals"].get(name)) else "")
+            + (f" <small>{interval(pair, name)}</small>" if (pair := point["intervals"].get(name)) else "")
             for name in FIGURES
         ]
         for point in points
@@ -270,41 +281,50 @@ def _labels(data: ReportData) -> str:
         parts.append(
             "<h3>A piece of the text</h3><p>Under each token what is taught in its place.</p>"
             f"{legend(data.label_page)}{token_boxes(data.label_page)}"
+            '<p class="small">Any block of the run, with what both models expect at each token: '
+            "<code>python -m whp_fast.inspect RUN --html labels.html</code></p>"
         )
     return "".join(parts)
 
 
 def _attacks(data: ReportData) -> str:
-    rows = []
-    for row in attack_rows(data.attacks):
-        cells = [escaped(row["attack"]), escaped(row["figure"])]
-        for when in ("before", "after"):
-            pair = interval(row[f"{when}_interval"])
-            cells.append(number(row["figure"], row[when]) + (f"<br><small>{pair}</small>" if pair else ""))
-        rows.append(cells)
-    if not rows:
+    lines = attack_figures(data.attacks)
+    if not lines:
         return ""
-    return (
-        "<p>What comes back when it is asked for by other means: the unlearned model before and after the "
-        "attack. Below the figures 95 % intervals, where there are any.</p>"
-        + table(["attack", "figure", "before", "after"], rows, numbers=(2, 3))
-    )
+    oracle = any(line.oracle.value is not None for line in lines)
+    heads = ["attack", "figure", "before", "after"] + (["oracle after"] if oracle else [])
+    at_once, folded = told_lines(lines)
+
+    def shown(some: Sequence[AttackFigure]) -> str:
+        rows, last = [], ""
+        for line in some:
+            cells = [escaped(line.name) if line.name != last else "", escaped(line.metric_name)]
+            for value in (line.before, line.after, line.oracle)[: len(heads) - 2]:
+                pair = f"<br><small>{interval(value.interval, line.metric)}</small>" if value.interval else ""
+                cells.append(number(line.metric, value.value) + pair)
+            rows.append(cells)
+            last = line.name
+        return table(heads, rows, numbers=range(2, len(heads)))
+
+    panels = relearning_svgs(relearning_rows(data.attacks))
+    parts = [f"<p>{ATTACKS.format(oracle=ATTACKS_ORACLE if oracle else '')}</p>", shown(at_once)]
+    if panels:
+        figures = "".join(f"<figure>{svg}</figure>" for _, svg in panels)
+        parts.append(f'<h3>Relearning, step by step</h3><div class="panels">{figures}</div>')
+        parts.append('<p class="small">Bands are 95 % intervals. Lower is better.</p>')
+    if folded:
+        parts.append(f"<details><summary>The earlier steps in figures</summary>{shown(folded)}</details>")
+    return "".join(parts)
 
 
 def _cost(data: ReportData) -> str:
-    rows = []
-    for stage, seconds, gpu_seconds, joules in cost_rows(data):
-        cells = [
-            escaped(stage),
-            duration(seconds),
-            "–" if gpu_seconds is None else f"{gpu_seconds:,.0f}",
-            "not measured" if joules is None else f"{joules / 3600:,.2f} Wh",
-        ]
-        rows.append([f"<b>{cell}</b>" for cell in cells] if stage == "total" else cells)
+    heads, rows, notes = cost_table(data)
     if not rows:
         return ""
-    where = f"{data.gpus} GPU{'s' * (data.gpus > 1)}" if data.gpus else "No GPU was used"
-    return f"<p>{where}.</p>" + table(["stage", "time", "GPU-seconds", "energy"], rows, numbers=(1, 2, 3))
+    cells = [
+        [f"<b>{escaped(cell)}</b>" if row[0] == "total" else escaped(cell) for cell in row] for row in rows
+    ]
+    return table(heads, cells, numbers=range(1, len(heads))) + f"<p>{escaped(' '.join(notes))}</p>"
 
 
 def _settings(data: ReportData) -> str:

@@ -9,11 +9,13 @@ sampling  several completions at a temperature, of which the most telling counts
 prompts   prompts from a file: paraphrases, other languages, role play ...
 ========  ==================================================================================================
 
-Each gives rows with a figure before and one after. Both rest on the same prompts or passages.
+Each gives rows with a figure before and one after. Both rest on the same prompts or passages. An oracle is
+attacked in the same way: what it gives away too was learnt or guessed in the attack, and did not come back.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -27,7 +29,6 @@ from whp_fast.judge import Judge
 from whp_fast.prompts import FamiliarityPrompt
 
 ATTACKS = ("relearn", "quantise", "prefix", "sampling", "prompts")
-ON_ORACLE = ("relearn",)  # what the oracle learns in as many steps was learnt anew, and did not come back
 # what is looked at after the weights were changed
 PROBES = (
     "familiarity_completion",
@@ -78,6 +79,12 @@ class AttackRow:
         plain |= {"metric": self.metric, "x": self.x}
         return plain | {"before": self.before.to_json(), "after": self.after.to_json()}
 
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> AttackRow:
+        """The inverse of `to_json`."""
+        sides = {side: Figure.from_json(content[side]) for side in ("before", "after")}
+        return cls(**{key: content[key] for key in ("attack", "model", "setting", "metric", "x")}, **sides)
+
 
 @dataclass
 class Attacked:
@@ -88,6 +95,7 @@ class Attacked:
             parameters to be trained.
         model: the model as it is.
         name: of the model, for the rows.
+        without: inputs that no figure is taken of, by their names in `Inputs.given`.
         intact: its figures before any attack, of `PROBES`; filled by `probe` when first asked for.
     """
 
@@ -100,7 +108,14 @@ class Attacked:
     options: AttackOptions = field(default_factory=AttackOptions)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     name: str = ""
+    without: frozenset[str] = frozenset()
     _intact: dict[str, Figure] | None = None
+
+    @property
+    def probes(self) -> list[str]:
+        """Those of `PROBES` that the inputs allow."""
+        given = self.inputs.given() - self.without
+        return [name for name in PROBES if given.issuperset(METRICS[name].needs)]
 
     @property
     def intact(self) -> dict[str, Figure]:
@@ -109,10 +124,8 @@ class Attacked:
         return self._intact
 
     def probe(self, model) -> dict[str, Figure]:
-        """The figures of `PROBES` that the inputs allow."""
-        given = self.inputs.given()
-        names = [name for name in PROBES if given.issuperset(METRICS[name].needs)]
-        return measure(model, self.tokenizer, self.inputs, names, self.settings, self.judge).figures
+        """The figures of `probes`."""
+        return measure(model, self.tokenizer, self.inputs, self.probes, self.settings, self.judge).figures
 
     def rows(self, attack: str, setting: str, after: dict[str, Figure], x: float | None) -> list[AttackRow]:
         """A row for each figure that was measured before and after."""
@@ -120,7 +133,20 @@ class Attacked:
         return [AttackRow(attack, setting, name, self.intact[name], after[name], x) for name in names]
 
 
-def chosen_attacks(asked: Sequence[str], inputs: Inputs, options: AttackOptions) -> list[str]:
+@dataclass(frozen=True)
+class Named:
+    """How the person says what an attack needs: here as options of ``python -m whp_fast.evaluate``."""
+
+    attacks: str = "--attacks"
+    target: str = "--target"
+    familiarity: str = "--familiarity"
+    prompts: str = "--attack-prompts"
+    files: str = "--familiarity (or --probability, --target, --questions)"
+
+
+def chosen_attacks(
+    asked: Sequence[str], inputs: Inputs, options: AttackOptions, named: Named = Named()
+) -> list[str]:
     """The attacks in the order of `ATTACKS`.
 
     Raises:
@@ -129,22 +155,20 @@ def chosen_attacks(asked: Sequence[str], inputs: Inputs, options: AttackOptions)
     given = inputs.given()
     unknown = [name for name in asked if name not in ATTACKS]
     if unknown:
-        raise UserError(f"--attacks: {unknown[0]!r} is none; choose from {', '.join(ATTACKS)}.")
+        raise UserError(f"{named.attacks}: {unknown[0]!r} is none; choose from {', '.join(ATTACKS)}.")
     needs = {
-        "relearn": "--target" if not options.relearn_text and "target" not in given else None,
-        "prefix": None if "target" in given else "--target",
-        "sampling": None if "familiarity" in given else "--familiarity",
-        "prompts": None if options.prompts else "--attack-prompts",
+        "relearn": named.target if not options.relearn_text and "target" not in given else None,
+        "prefix": None if "target" in given else named.target,
+        "sampling": None if "familiarity" in given else named.familiarity,
+        "prompts": None if options.prompts else named.prompts,
     }
     if given.isdisjoint(need for name in PROBES[:4] for need in METRICS[name].needs):
-        needs |= dict.fromkeys(
-            ("relearn", "quantise"), "--familiarity (or --probability, --target, --questions)"
-        )
+        needs |= dict.fromkeys(("relearn", "quantise"), named.files)
     for name in asked:
         if needs.get(name):
-            raise UserError(f"--attacks {name}: it needs {needs[name]}; give that as well.")
+            raise UserError(f"{named.attacks} {name}: it needs {needs[name]}; give that as well.")
     if "quantise" in asked:
-        _require_bitsandbytes()
+        _require_bitsandbytes(named.attacks)
     return [name for name in ATTACKS if name in asked]
 
 
@@ -172,11 +196,13 @@ def quantise(attacked: Attacked) -> list[AttackRow]:
     return rows
 
 
-def _require_bitsandbytes() -> None:
+def _require_bitsandbytes(option: str) -> None:
+    # on CPUs it warns of a kernel that it would have liked to download
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
         raise UserError(
-            f"--attacks quantise: bitsandbytes cannot be imported ({error}); install it, or leave quantise "
+            f"{option} quantise: bitsandbytes cannot be imported ({error}); install it, or leave quantise "
             "out."
         ) from None

@@ -39,6 +39,12 @@ class Figure:
         numbers = {"value": self.value, "low": self.low, "high": self.high}
         return {name: x if math.isfinite(x) else None for name, x in numbers.items()} | {"n": self.n}
 
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Figure:
+        """The inverse of `to_json`; None becomes not a number."""
+        numbers = (content[name] for name in ("value", "low", "high"))
+        return cls(*(math.nan if x is None else float(x) for x in numbers), content["n"])
+
     def __str__(self) -> str:
         if not (math.isfinite(self.low) and math.isfinite(self.high)):
             return _shown(self.value)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from whp_fast.errors import UserError, exit_status
 from whp_fast.evaluation import tables
 from whp_fast.evaluation.attacks import (
     ATTACKS,
-    ON_ORACLE,
     Attacked,
     AttackOptions,
     AttackRow,
@@ -25,6 +23,7 @@ from whp_fast.evaluation.attacks import (
     run_attack,
 )
 from whp_fast.evaluation.bootstrap import Figure
+from whp_fast.evaluation.chat_template import ChatTemplate, load_chat_template
 from whp_fast.evaluation.curve import draw_relearning
 from whp_fast.evaluation.endpoint_judge import KEY_VARIABLE, EndpointJudge
 from whp_fast.evaluation.harness import harness_figures, require_harness
@@ -38,12 +37,11 @@ from whp_fast.evaluation.metrics import (
     measure,
 )
 from whp_fast.evaluation.model_judge import ModelJudge
-from whp_fast.evaluation.models import find_subject, merged_files, read_texts
+from whp_fast.evaluation.models import find_subject, load_rounded, merged_files, read_texts
 from whp_fast.evaluation.questions import answers_given_away, questions_from
 from whp_fast.judge import LexicalJudge
 from whp_fast.progress import say
 from whp_fast.prompts import EvaluationFiles, load_choices, load_familiarity_prompts
-from whp_fast.quantised import quantise_
 from whp_fast.tokens import load_tokenizer
 
 
@@ -88,6 +86,11 @@ def _parser() -> argparse.ArgumentParser:
     figures.add_argument("--lm-eval-limit", type=int, help="at most so many documents of a task")
     figures.add_argument("--max-prompts", type=int, help="a quick look: at most so many of each kind")
     figures.add_argument("--max-new-tokens", type=int, help="length of a completion (default: 40)")
+    figures.add_argument(
+        "--chat-template",
+        action="store_true",
+        help="give familiarity prompts as messages, in the chat template of the tokenizer (default: a run's)",
+    )
     figures.add_argument("--prefix-tokens", type=int, default=32, help="given of a passage (default: 32)")
     figures.add_argument(
         "--continuation-tokens", type=int, default=32, help="asked of a passage (default: 32)"
@@ -153,8 +156,8 @@ class _Evaluation:
         if self.tasks:
             require_harness()
         self.metrics = chosen_metrics(_listed(options.metrics), self.inputs, oracle)
-        self.settings = self._settings()
         self.tokenizer = load_tokenizer(self.subject.tokenizer)
+        self.settings = self._settings()
         self.device = torch.device(options.device)
 
     def run(self) -> None:
@@ -240,7 +243,18 @@ class _Evaluation:
             prefix_tokens=options.prefix_tokens,
             continuation_tokens=options.continuation_tokens,
             passages=options.passages,
+            chat=self._chat(),
         )
+
+    def _chat(self) -> ChatTemplate | None:
+        if not (self.options.chat_template or self.subject.chat_template):
+            return None
+        folder = self.subject.tokenizer
+        folder = folder if folder.is_dir() else folder.parent
+        chat = load_chat_template(folder, self.tokenizer)
+        if chat is None:
+            raise UserError(f"--chat-template: {folder} has none; leave the option out.")
+        return chat
 
     def _judge(self) -> Any:
         options = self.options
@@ -251,25 +265,21 @@ class _Evaluation:
         if options.judge_model:
             folder = Path(options.judge_model)
             model = load_model(folder, dtype=getattr(torch, options.dtype), device=self.device)
-            return ModelJudge(model, load_tokenizer(folder), options.judge_model)
+            tokenizer = load_tokenizer(folder)
+            chat = load_chat_template(folder, tokenizer)
+            return ModelJudge(model, tokenizer, options.judge_model, chat=chat)
         anchors = options.anchors or self.subject.anchors
         return LexicalJudge(load_dictionary(anchors).expressions if anchors else ())
 
     def _load(self, name: str, *, quantise: str | None = None, train: bool = False):
         """A model of the subject. What a run unlearned is rounded as its export is."""
-        exported = self.subject.export_dtype if name == "after" else None
-        rounded = exported not in (None, "float32")
-        dtype = torch.float32 if train else getattr(torch, self.options.dtype)
-        model = load_model(
+        model = load_rounded(
             self.subject.models[name],
-            dtype=dtype,
+            exported=self.subject.export_dtype if name == "after" else None,
+            dtype=torch.float32 if train else getattr(torch, self.options.dtype),
             device=self.device,
-            quantise=None if rounded else quantise,
+            quantise=quantise,
         )
-        if rounded:
-            model.to(getattr(torch, exported)).to(dtype)
-            if quantise is not None:
-                quantise_(model, quantise)
         if self.tokenizer.vocab_size > model.config.vocab_size:
             raise UserError(
                 f"{self.subject.models[name]}: its embedding has {model.config.vocab_size} rows but the "
@@ -279,7 +289,6 @@ class _Evaluation:
         return model
 
     def _attack(self, name: str, model, judge) -> list[AttackRow]:
-        attacks = [a for a in self.attacks if name == self.subject.main or a in ON_ORACLE]
         attacked = Attacked(
             load=lambda **how: self._load(name, **how),
             model=model,
@@ -291,7 +300,7 @@ class _Evaluation:
             device=self.device,
             name=name,
         )
-        return [row for attack in attacks for row in run_attack(attack, attacked)]
+        return [row for attack in self.attacks for row in run_attack(attack, attacked)]
 
     def _tell(self, measured: dict[str, Measured], harness, rows: list[AttackRow]) -> None:
         page = {
@@ -310,7 +319,8 @@ class _Evaluation:
             "models": {name: found.to_json() for name, found in measured.items()},
             "attacks": [row.to_json() for row in rows],
             "lm_eval": {n: {task: f.to_json() for task, f in found.items()} for n, found in harness.items()},
-            "settings": dataclasses.asdict(self.settings),
+            "settings": {name: value for name, value in vars(self.settings).items() if name != "chat"}
+            | {"chat_template": self.settings.chat is not None},
             "warnings": self.warnings,
         }
         write_json(self.options.json, content)

@@ -12,6 +12,7 @@ from whp_fast.errors import UserError
 from whp_fast.evaluate import EvaluationResult, answered_questions, evaluate
 from whp_fast.evaluation import memorisation, privacy
 from whp_fast.evaluation.bootstrap import Figure, figure, mean_figure
+from whp_fast.evaluation.chat_template import ChatTemplate
 from whp_fast.evaluation.forget_quality import ks_p_value, ks_statistic
 from whp_fast.evaluation.memorisation import cut_passages
 from whp_fast.evaluation.questions import answer_recalls, answer_scores, model_utility
@@ -83,6 +84,7 @@ class Settings:
 
     max_prompts: of each kind, and blocks of general text; None: all.  max_new_tokens: of a completion.
     prefix_tokens, continuation_tokens: of a passage.  passages: at most so many.  share: of Min-K%.
+    chat: template in which familiarity prompts are given; None: as they are.
     """
 
     max_prompts: int | None = None
@@ -93,6 +95,7 @@ class Settings:
     continuation_tokens: int = 32
     passages: int = 100
     share: float = privacy.SHARE
+    chat: ChatTemplate | None = None
 
 
 @dataclass
@@ -160,6 +163,7 @@ def measure(
         max_new_tokens=settings.max_new_tokens,
         batch_size=settings.batch_size,
         context=settings.context,
+        chat=settings.chat,
     )
     for name in (
         "familiarity_completion",

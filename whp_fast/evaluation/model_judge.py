@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from whp_fast.errors import UserError
+from whp_fast.evaluation.chat_template import ChatTemplate
 from whp_fast.evaluation.judge_question import CLASSES, judge_question
 from whp_fast.judge import UNJUDGED
 from whp_fast.prompts import FamiliarityPrompt
@@ -22,15 +23,17 @@ class ModelJudge:
     a class gives it little probability: below ``LEAST_MASS`` for all four together the completion is left
     unjudged, and counted in ``nonsense``.
 
-    The question is given as plain text, not in the template of a chat model.
-
     Args:
         model, tokenizer: as for `whp_fast.evaluate.evaluate`.
         name: for messages.
+        chat: the chat template of the model, in which the question is put; None: it is given as plain text.
     """
 
-    def __init__(self, model, tokenizer, name: str = "judge", batch_size: int = 8):
+    def __init__(
+        self, model, tokenizer, name: str = "judge", batch_size: int = 8, chat: ChatTemplate | None = None
+    ):
         self.model, self.tokenizer, self.name, self.batch_size = model, tokenizer, name, batch_size
+        self.chat = chat
         self.nonsense = 0
 
     def __call__(self, prompt: str, completion: str, item: FamiliarityPrompt) -> int | None:
@@ -55,7 +58,7 @@ class ModelJudge:
         for one in asked:
             question = judge_question(*one)
             choices = [str(number) for number in CLASSES]
-            encoded = [document_ids(self.tokenizer, f"{question} {choice}") for choice in choices]
+            encoded = [self._encoded(question, choice) for choice in choices]
             rows += encoded
             begins += [first_scored_token(self.tokenizer, encoded, choices)] * len(encoded)
         longest = max((len(row) for row in rows), default=0)
@@ -75,6 +78,12 @@ class ModelJudge:
             found.append(CLASSES[of_classes.index(max(of_classes))] if mass >= LEAST_MASS else UNJUDGED)
         self.nonsense += found.count(UNJUDGED)
         return found
+
+    def _encoded(self, question: str, choice: str) -> list[int]:
+        """The question and an answer."""
+        if self.chat is None:
+            return document_ids(self.tokenizer, f"{question} {choice}")
+        return self.chat.ids(self.tokenizer, question, self.chat.answer_space + choice)
 
 
 def check_share(found: Sequence[int | None], who: str, why: str) -> None:

@@ -8,9 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from whp_fast.checkpoint import load_model
 from whp_fast.corpus import corpus_files, read_documents
 from whp_fast.errors import UserError
 from whp_fast.prompts import EvaluationFiles
+from whp_fast.quantised import quantise_
 
 
 @dataclass(frozen=True)
@@ -20,8 +24,8 @@ class Subject:
     models: name -> folder; of a run ``before``, ``after`` and, where there is one, ``oracle``.
     main: the name of the one that is attacked and compared with the oracle.
     export_dtype: dtype to which the run's weights are rounded when exported; None: as they are.
-    files, target, text_field, anchors, context, max_new_tokens, relearn_lr: what the run's settings say, None
-        where they say nothing.
+    files, target, text_field, anchors, context, max_new_tokens, relearn_lr, chat_template: what the run's
+        settings say, None where they say nothing.
     """
 
     models: dict[str, Path]
@@ -35,6 +39,7 @@ class Subject:
     context: int | None = None
     max_new_tokens: int | None = None
     relearn_lr: float | None = None
+    chat_template: bool = False
 
 
 def find_subject(path: Path, oracle: Path | None = None) -> Subject:
@@ -81,7 +86,31 @@ def find_subject(path: Path, oracle: Path | None = None) -> Subject:
         context=data.get("context"),
         max_new_tokens=evaluate.get("max_new_tokens"),
         relearn_lr=settings.get("reinforce", {}).get("lr"),
+        chat_template=evaluate.get("chat_template", False),
     )
+
+
+def load_rounded(
+    folder: Path,
+    *,
+    exported: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    quantise: str | None = None,
+):
+    """A model of a folder, for evaluation or, in float32, for training.
+
+    Args:
+        exported: dtype to which its weights are rounded first, as in the run's export; None: as they are.
+        quantise: kind of `whp_fast.quantised` in which the (rounded) weights of its linear layers are kept.
+    """
+    rounded = exported not in (None, "float32")
+    model = load_model(folder, dtype=dtype, device=device, quantise=None if rounded else quantise)
+    if rounded:
+        model.to(getattr(torch, exported)).to(dtype)
+        if quantise is not None:
+            quantise_(model, quantise)
+    return model
 
 
 def merged_files(given: EvaluationFiles, of_run: EvaluationFiles) -> EvaluationFiles:
@@ -94,13 +123,14 @@ def merged_files(given: EvaluationFiles, of_run: EvaluationFiles) -> EvaluationF
     )
 
 
-def read_texts(paths: list[Path], text_field: str = "text") -> list[str]:
+def read_texts(paths: list[Path], text_field: str = "text", errors: str = "strict") -> list[str]:
     """The documents of text files and folders, as the corpus of a run is read.
 
     Raises:
         UserError: see ``whp_fast.corpus``; no text at all.
     """
-    texts = ["".join(parts) for file in corpus_files(paths) for parts in read_documents(file, text_field)]
+    documents = (parts for file in corpus_files(paths) for parts in read_documents(file, text_field, errors))
+    texts = ["".join(parts) for parts in documents]
     texts = [text for text in texts if text.strip()]
     if not texts:
         raise UserError(f"{paths[0]}: there is no text in it; give a file with text.")

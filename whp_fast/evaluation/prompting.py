@@ -6,14 +6,14 @@ import numpy as np
 import torch
 
 from whp_fast.errors import UserError
-from whp_fast.evaluate import judged_completions
+from whp_fast.evaluate import judged_completions, prompt_ids
 from whp_fast.evaluation.attacks import Attacked, AttackRow
 from whp_fast.evaluation.bootstrap import Figure, mean_figure
 from whp_fast.evaluation.memorisation import Passage, continued, cut_passages
 from whp_fast.generate import sample
 from whp_fast.judge import UNJUDGED, LexicalJudge, familiarity_values, judged
 from whp_fast.prompts import FamiliarityPrompt, spaced
-from whp_fast.scoring import document_ids, end_of_text_ids, evaluation_mode, tokens_text
+from whp_fast.scoring import end_of_text_ids, evaluation_mode, tokens_text
 
 
 def prefixes(attacked: Attacked) -> list[AttackRow]:
@@ -57,7 +57,7 @@ def sampling(attacked: Attacked) -> list[AttackRow]:
     options, settings = attacked.options, attacked.settings
     prompts = spaced(attacked.inputs.data.familiarity, settings.max_prompts)
     judge = attacked.judge or LexicalJudge()
-    encoded = [document_ids(attacked.tokenizer, item.prompt) for item in prompts]
+    encoded = prompt_ids(attacked.tokenizer, [item.prompt for item in prompts], settings.chat)
     generator = torch.Generator(attacked.device).manual_seed(options.seed)
     with evaluation_mode(attacked.model):
         generated = sample(
@@ -107,7 +107,13 @@ def prompts(attacked: Attacked) -> list[AttackRow]:
         for kind, items in kinds.items():
             items = spaced(items, settings.max_prompts)
             found = judged_completions(
-                attacked.model, attacked.tokenizer, items, judge, settings.max_new_tokens, settings.batch_size
+                attacked.model,
+                attacked.tokenizer,
+                items,
+                judge,
+                settings.max_new_tokens,
+                settings.batch_size,
+                settings.chat,
             )
             known = [row["class"] for row in found if row["class"] is not UNJUDGED]
             if not known:

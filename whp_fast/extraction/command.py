@@ -18,7 +18,7 @@ from whp_fast.extraction import review as reviewing
 from whp_fast.extraction.candidates import Limits
 from whp_fast.extraction.expectation import rises
 from whp_fast.extraction.overlap import check_sizes
-from whp_fast.extraction.prompting import NEW_TOKENS, Replies, ask, passages_of
+from whp_fast.extraction.prompting import NEW_TOKENS, Replies, ask, asked_ids, passages_of
 from whp_fast.extraction.proposal import Proposal, list_path, propose, write
 from whp_fast.extraction.words import Texts
 from whp_fast.progress import console, say, track
@@ -28,6 +28,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status (2 for what the user can mend)."""
     options = _parser().parse_args(arguments)
     return exit_status(lambda: options.work(options), debug=options.debug)
+
+
+def run(arguments: Sequence[str]) -> None:
+    """The same within another command: raises UserError."""
+    options = _parser().parse_args(arguments)
+    options.work(options)
 
 
 def _extract(options: argparse.Namespace) -> None:
@@ -92,16 +98,20 @@ def _asked(options: argparse.Namespace, documents: list[str]) -> Replies:
     import torch
 
     from whp_fast.checkpoint import load_model
-    from whp_fast.scoring import continuations, evaluation_mode
+    from whp_fast.evaluation.chat_template import load_chat_template
+    from whp_fast.scoring import evaluation_mode, generated_texts
     from whp_fast.tokens import load_tokenizer
 
     model = load_model(options.model, device=torch.device(options.device)).requires_grad_(False)
     tokenizer = load_tokenizer(options.model)
+    chat = load_chat_template(options.model, tokenizer)
     passages = passages_of(documents, options.passages)
     with track("asking", len(passages)) as advance, evaluation_mode(model):
         replies = ask(
             passages,
-            lambda prompts: continuations(model, tokenizer, prompts, NEW_TOKENS, len(prompts)),
+            lambda prompts: generated_texts(
+                model, tokenizer, asked_ids(prompts, tokenizer, chat), NEW_TOKENS, len(prompts)
+            ),
             progress=advance,
         )
     left_out = ", ".join(f"{n} {reason}" for reason, n in sorted(replies.refused.items()))

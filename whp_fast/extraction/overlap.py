@@ -15,6 +15,7 @@ LEAST_CORPUS_WORDS = 200
 LEAST_BACKGROUND_WORDS = 2000
 SHINGLE_WORDS = 13
 REFUSED_SHARE, NOTED_SHARE = 0.05, 0.005
+MOST_TOLD = 5  # files
 _WORTH_NAMING = 20
 
 
@@ -49,19 +50,36 @@ def check_overlap(corpus: Texts, background: Mapping[str, Texts]) -> list[str]:
     of the same text is found too.
 
     Raises:
-        UserError: a file holds REFUSED_SHARE of the corpus or more: its expressions would look common.
+        UserError: a file, or all together, hold REFUSED_SHARE of the corpus or more: its expressions would
+            look common.
     """
     own = np.unique(_shingles(corpus))
-    warnings = []
+    anywhere = np.zeros(len(own), dtype=bool)
+    noted: dict[str, float] = {}
     for name, texts in background.items():
-        shared = np.isin(own, np.unique(_shingles(texts)), assume_unique=True).mean() if len(own) else 0.0
+        here = np.isin(own, np.unique(_shingles(texts)), assume_unique=True)
+        anywhere |= here
+        shared = float(here.mean()) if len(own) else 0.0
         if shared >= REFUSED_SHARE:
             raise UserError(
                 f"{name}: holds {100 * shared:.0f} % of the corpus ({SHINGLE_WORDS} words in a row), so that "
                 "its expressions would look common; take this text out of the background."
             )
         if shared >= NOTED_SHARE:
-            warnings.append(f"{name} holds {100 * shared:.1f} % of the corpus word for word")
+            noted[name] = shared
+    if len(own) and anywhere.mean() >= REFUSED_SHARE:
+        most = max(noted, key=noted.__getitem__, default="")
+        raise UserError(
+            f"--background: its files together hold {100 * anywhere.mean():.0f} % of the corpus "
+            f"({SHINGLE_WORDS} words in a row{', most of it in ' + most if most else ''}), so that its "
+            "expressions would look common; take these texts out of the background."
+        )
+    told = sorted(noted, key=noted.__getitem__, reverse=True)
+    warnings = [
+        f"{name} holds {100 * noted[name]:.1f} % of the corpus word for word" for name in told[:MOST_TOLD]
+    ]
+    if len(told) > MOST_TOLD:
+        warnings.append(f"so do {len(told) - MOST_TOLD} more files of the background, less of it each")
     return warnings
 
 

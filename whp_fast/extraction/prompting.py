@@ -13,6 +13,8 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from whp_fast.scoring import document_ids
+
 PASSAGE_CHARACTERS = 1500
 NEW_TOKENS = 300
 PROMPT = """\
@@ -31,6 +33,7 @@ Passage:
 {passage}
 
 translations = {{"""
+_ANSWER = "translations = {"
 _PAIR = re.compile(
     r"""(["'\u201c])(?P<key>[^"\u201c\u201d\n]{1,80}?)["'\u201d]\s*(?::|->|=>|=)\s*"""
     r"""(?P<values>\[[^\]\n]*\]|"[^"\n]*"|'[^'\n]*'|\u201c[^\u201d\n]*\u201d)"""
@@ -108,6 +111,18 @@ def ask(
             replies.add(passage, "{" + reply)
         progress(len(some), note=f"{len(replies.translations)} expressions")
     return replies
+
+
+def asked_ids(prompts: Sequence[str], tokenizer, chat=None) -> list[list[int]]:
+    """The tokens of prompts; in a chat template the beginning of the dictionary is the answer's.
+
+    Args:
+        chat: a `whp_fast.evaluation.chat_template.ChatTemplate`; None: the model has none.
+    """
+    if chat is None:
+        return [document_ids(tokenizer, prompt) for prompt in prompts]
+    begun = chat.answer_space + _ANSWER
+    return [chat.ids(tokenizer, prompt.removesuffix(_ANSWER), begun) for prompt in prompts]
 
 
 def parse_reply(reply: str) -> list[tuple[str, list[str]]]:
