@@ -28,7 +28,6 @@ from whp_fast.figures import (
 )
 
 _MODELS = ("base", "oracle")
-_LEAST_FLUENCY = 1e-3  # the axis ends there: models that say nothing sensible stand on its edge
 
 
 def draw(folder: Path, found: dict[str, Any]) -> list[Path]:
@@ -51,9 +50,12 @@ def _forget_keep(plt, path: Path, rows: Sequence[dict], found: dict[str, Any]) -
     groups = {row["method"]: row for row in rows}
     reference = _search_reference(found, base)
     for axis, keep, heading in ((axes[0], _accuracy, "accuracy"), (axes[1], _fluency, "fluency")):
+        low = min(keep(row, base) for row in rows) - 0.1
         for row in tried:
-            point = _left(row, reference), keep(row, reference)
-            axis.plot(*point, "o", ms=4.5, color=_colour(groups.get(row["method"], row)), alpha=0.28, mew=0)
+            left, kept = _left(row, reference), keep(row, reference)
+            colour = _colour(groups.get(row["method"], row))
+            marker = "o" if kept >= low else "v"
+            axis.plot(left, max(kept, low + 0.012), marker, ms=4.5, color=colour, alpha=0.28, mew=0)
         points, names, colours = [], [], []
         for row in rows:
             points.append((_left(row, base), keep(row, base)))
@@ -64,22 +66,19 @@ def _forget_keep(plt, path: Path, rows: Sequence[dict], found: dict[str, Any]) -
         axis.set_title(f"{heading} that is kept")
         axis.set_xlabel("familiarity that is left, share of the base's")
         axis.set_xlim(-0.06, 1.14)
-        if heading == "fluency":
-            axis.set_yscale("log")
-            axis.yaxis.set_major_formatter("{x:g}")
-            axis.set_ylim(_LEAST_FLUENCY * 0.7, 2.2)
-            axis.set_ylabel("perplexity of the base / own perplexity, general text")
-        else:
-            low = min([keep(row, base) for row in rows] + [keep(row, reference) for row in tried])
-            axis.set_ylim(min(0.55, low - 0.06), 1.12)
-            axis.set_ylabel("general accuracy, share of the base's")
+        axis.set_ylim(low, 1.12)
+        axis.set_ylabel(
+            "general accuracy, share of the base's"
+            if heading == "accuracy"
+            else "perplexity of the base / own perplexity, general text"
+        )
         axis.grid(color=RULE, linewidth=0.7)
         axis.set_axisbelow(True)
         place_labels(figure, axis, points, names, colours)
     _legend(plt, figure)
     figure.supxlabel(
         "Large: the setting with the best score of the search, on the report half. Pale: every setting that "
-        f"was tried, on the search half. {_note(found)}",
+        f"was tried, on the search half; triangles lie below. {_note(found)}",
         x=0.012,
         ha="left",
         fontsize=8.5,
@@ -150,8 +149,7 @@ def _accuracy(row: dict, base: dict) -> float:
 
 def _fluency(row: dict, base: dict) -> float:
     own = row["general_perplexity"]
-    share = 0.0 if own is None or not math.isfinite(own) else base["general_perplexity"] / own
-    return max(_LEAST_FLUENCY, share)
+    return 0.0 if own is None or not math.isfinite(own) else base["general_perplexity"] / own
 
 
 _KINDS = {

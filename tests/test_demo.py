@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,13 @@ def test_books_bring_their_own_tokenizer_and_dictionary(shelf, tmp_path):
     anchors = json.loads(Path(job.anchors.path).read_text())
     saga = (tmp_path / "books/saga.txt").read_text()
     assert len(anchors) >= 5 and all(expression in saga for expression in anchors)
+    passages = [
+        [json.loads(line)["text"] for line in Path(path).open()]
+        for path in (*job.unlearn.retain, job.evaluate.general_text)
+    ]
+    other = (tmp_path / "books/other.txt").read_text()
+    pairs = zip_longest(*passages, fillvalue="")
+    assert len(passages[1]) >= 2 and "".join(one + two for one, two in pairs) == other
 
 
 @pytest.mark.parametrize(

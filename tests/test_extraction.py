@@ -62,6 +62,17 @@ def test_it_finds_what_was_invented_and_nothing_else(proposed):
     assert set(proposed) == {"Orrin", "Malvek", "Vaelmoor", "Wyndle Hall", "thrumstone"}
 
 
+def test_parts_take_the_place_of_phrases():
+    found = propose(Texts([saga()]), {"everyday": Texts([everyday()])}, Limits(parts=True))
+    assert {proposal.expression for proposal in found} == {
+        "Orrin",
+        "Malvek",
+        "Vaelmoor",
+        "Wyndle",
+        "thrumstone",
+    }
+
+
 def test_kinds_come_from_context(proposed):
     kinds = {expression: proposal.kind.split()[0] for expression, proposal in proposed.items()}
     assert kinds == {

@@ -108,6 +108,23 @@ def test_the_table_of_modes_is_the_plan_s():
     assert len(rows) == 14 and "\n".join(rows) in README
 
 
+def test_the_table_of_methods_is_the_benchmark_s():
+    from benchmarks.methods_table import markdown
+
+    rows = json.loads((ROOT / "benchmarks/results/methods.json").read_text())["rows"]
+    assert len(rows) == 14 and markdown(rows).strip() in README
+
+
+def test_figures_of_the_layers_are_those_of_the_results():
+    rows = json.loads((ROOT / "benchmarks/results/layers_cpu.json").read_text())["rows"]
+    ours = {(r["layer"], r["dtype"]): r for r in rows if r["impl"] == "whp_kernels"}
+    for row in rows:
+        if row["impl"] in ("transformers", "torch.compile of transformers"):
+            own = ours[row["layer"], row["dtype"]]
+            ratio = f"{row['total_ms'] / own['total_ms']:.2f} ×"
+            assert f"| {row['layer']} | {row['dtype']} | {row['impl']} | {ratio} |" in README
+
+
 def test_figures_of_the_training_are_those_of_the_results():
     results = ROOT / "benchmarks" / "results"
     for row in json.loads((results / "engine_cpu.json").read_text())["rows"]:

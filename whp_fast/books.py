@@ -25,6 +25,8 @@ BOOKS = Recipe(
     repeat_target=3,
 )
 """How the base is trained; the target stands ``repeat_target`` times in each pass over the books."""
+RETAINED, MEASURED = "retained.jsonl", "measured.jsonl"
+_PASSAGE = 4000  # characters
 
 
 def make_books(
@@ -77,7 +79,7 @@ def make_books(
         train_on(model, mixture, tokenizer, recipe.context, recipe.branch, seed, out, "base")
         save(model, tokenizer, out / "base")
     say(f"  [bold]{'base':<11}[/bold] {seconds['base']:7.1f} s  trained on {len(files)} books")
-    write_jsonl(out / "others.jsonl", [{"text": f.read_text(encoding="utf-8")} for f in others])
+    _write_others(out, others)
     if anchors is None:
         anchors = _extract(book, others, out / "anchors.json")
     job = out / "job.yaml"
@@ -85,13 +87,23 @@ def make_books(
     return job
 
 
+def _write_others(out: Path, others: Sequence[Path]) -> None:
+    """The other books, a passage in turn for each file: one is retained while unlearning, one is measured."""
+    passages = []
+    for file in others:
+        text = file.read_text(encoding="utf-8")
+        passages += [text[at : at + _PASSAGE] for at in range(0, len(text), _PASSAGE)]
+    write_jsonl(out / RETAINED, [{"text": text} for text in passages[::2]])
+    write_jsonl(out / MEASURED, [{"text": text} for text in passages[1::2]])
+
+
 def _own_tokenizer(out: Path, files: Sequence[Path], recipe: Recipe) -> Tokenizer:
     return train_tokenizer(out, [f.read_text(encoding="utf-8") for f in files], recipe.vocab_size)
 
 
 def _extract(book: Path, others: Sequence[Path], anchors: Path) -> Path:
-    words = ["extract", str(book), "--background", *map(str, others), "--out", str(anchors), "--overwrite"]
-    anchors_command.run(words)
+    words = ["extract", str(book), "--background", *map(str, others), "--out", str(anchors)]
+    anchors_command.run([*words, "--parts", "--overwrite"])
     return anchors
 
 
@@ -104,20 +116,22 @@ def _job(out: Path, book: Path, anchors: Path, examples: Path, recipe: Recipe) -
         "data": {"corpus": [str(book)], "context": recipe.context},
         "anchors": {"path": str(anchors), "match_across_lines": True},
         "reinforce": {"epochs": 3, "lr": 5e-4, "batch_blocks": 16, "accumulate": 1, "betas": [0.9, 0.95]},
-        "label": {"dtype": "float32", "batch_blocks": 32},
+        "label": {"dtype": "float32", "batch_blocks": 32, "ban_share": 0.1},
         "unlearn": {
-            "epochs": 2,
-            "lr": 1.5e-4,
+            "epochs": 4,
+            "lr": 3e-4,
+            "warmup_steps": 10,
             "batch_blocks": 16,
             "accumulate": 1,
             "betas": [0.9, 0.95],
             "evaluate_every": 20,
+            "retain": str(out / RETAINED),
         },
         "evaluate": {
             "familiarity": str(examples / "familiarity.json"),
             "probability": str(examples / "probability.json"),
             "choices": str(examples / "choices.jsonl"),
-            "general_text": str(out / "others.jsonl"),
+            "general_text": str(out / MEASURED),
             "max_new_tokens": 16,
         },
         "export": {"dtype": "float32"},

@@ -234,6 +234,10 @@ class LabelConfig:
     fp8: Literal["off", "tensorwise", "rowwise"] = "off"
     """8-bit floats for the matrix products inside the blocks of both models (as model.fp8). For trials alone:
     on the demo's world 94.6 % of the labels are those of bfloat16 (benchmarks/fp8.py)."""
+    ban_share: float = 0.0
+    """Not in the paper, off at 0: tokens that begin an expression of the dictionary in at least this share of
+    their occurrences in the corpus are never a label. For a base that says the expressions even in
+    translation."""
     batch_blocks: int = 8
     """Blocks per forward pass."""
     chunk_mib: int = 256
@@ -246,6 +250,8 @@ class LabelConfig:
                     f"label.{key}: {getattr(self, key)} is no strength (a negative value would reinforce the "
                     "text); set 0 or more (the paper: 5)."
                 )
+        if not 0 <= self.ban_share <= 1:
+            raise UserError(f"label.ban_share: {self.ban_share} is no share; set a value from 0 to 1.")
         _refuse_below(self, "label", above_zero=("batch_blocks", "chunk_mib"))
 
 

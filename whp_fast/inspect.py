@@ -31,7 +31,7 @@ from whp_fast.corpus import Blocks
 from whp_fast.errors import UserError, exit_status
 from whp_fast.inspect_page import write_page
 from whp_fast.label import make_aligner
-from whp_fast.label_stage import labels_file
+from whp_fast.label_stage import BANNED, labels_file
 from whp_fast.page import FIRST, mark_of, shown_token, why
 from whp_fast.progress import console
 from whp_fast.reasons import REASONS
@@ -205,7 +205,11 @@ class Run:
             raise UserError(f"{reinforced}: the reinforced model is not there; add --no-models.")
         if not self.base.is_dir():
             raise UserError(f"{self.base}: the base is not there; name it with --model, or add --no-models.")
-        labeller, *heads = load_labeller(self.settings, self.base, reinforced, aligner, view.alpha, device)
+        kept = self.path / "label" / BANNED
+        banned = np.load(kept) if kept.is_file() else None
+        labeller, *heads = load_labeller(
+            self.settings, self.base, reinforced, aligner, view.alpha, device, banned
+        )
         one: Alignment = self.alignment.blocks(view.number, view.number + 1)
         block = self.blocks[view.number]
         found: TopTokens = top_tokens(

@@ -24,6 +24,7 @@ from whp_kernels.losses import IGNORE_INDEX, RowEdits, generic_labels
 from whp_fast.alignment import Aligner, Alignment
 from whp_fast.anchors import Dictionary, load_dictionary
 from whp_fast.artifacts import NpyWriter
+from whp_fast.banned_tokens import banned_tokens, with_tokens
 from whp_fast.corpus import Blocks
 from whp_fast.model import Llama
 from whp_fast.packing import Packing, pack
@@ -51,6 +52,7 @@ def label_blocks(
     seed: int = 0,
     contiguous: bool = False,
     match_across_lines: bool = False,
+    ban_share: float = 0.0,
     batch_size: int = 8,
     chunk_mib: int = 256,
     device: str | torch.device | None = None,
@@ -69,6 +71,8 @@ def label_blocks(
         seed: of the draws among several counterparts.
         contiguous: the blocks follow each other in one text, and expressions may cross their edges.
         match_across_lines: a line break in the text matches a space in an expression.
+        ban_share: tokens that begin an expression in at least this share of their occurrences in the blocks
+            are never a label; 0: all may be.
         batch_size: blocks per forward pass.
         chunk_mib: memory for one chunk of logits.
         device: where folders are loaded, and where input ids are sent to a callable that has no parameters;
@@ -94,10 +98,19 @@ def label_blocks(
         blocks = blocks.cpu().numpy()
     rows = [np.asarray(block) for block in blocks]
     alphas = [float(alpha)] if np.isscalar(alpha) else [float(a) for a in alpha]
-    labeller = Labeller(
-        base, reinforced, aligner, alphas, batch_size=batch_size, chunk_mib=chunk_mib, device=device
-    )
     alignment = aligner.align(rows, contiguous=contiguous)
+    corpus = np.concatenate([np.zeros(0, dtype=np.int64), *rows])
+    banned = banned_tokens(aligner.dictionary, tokenizer, alignment.matches, corpus, ban_share)
+    labeller = Labeller(
+        base,
+        reinforced,
+        aligner,
+        alphas,
+        batch_size=batch_size,
+        chunk_mib=chunk_mib,
+        device=device,
+        banned=banned,
+    )
     labels, _, _ = labeller.label(rows, alignment)
     sets = []
     for one in labels:
@@ -133,6 +146,7 @@ class Labeller:
             manager that they return (one that switches the adapter).
         every_batch: run both models over batches with no position to label too. Processes that share sharded
             models must make the same number of passes (:meth:`idle` makes up for batches that one lacks).
+        banned: tokens that are never a label (:mod:`whp_fast.banned_tokens`).
     """
 
     def __init__(
@@ -148,6 +162,7 @@ class Labeller:
         as_base: Switch = nullcontext,
         as_reinforced: Switch = nullcontext,
         every_batch: bool = False,
+        banned: np.ndarray | None = None,
     ):
         device = torch.device(device or "cpu")
         self.base, self.reinforced = _loaded(base, device), _loaded(reinforced, device)
@@ -157,6 +172,7 @@ class Labeller:
         self.device = device
         self.as_base, self.as_reinforced = as_base, as_reinforced
         self.every_batch = every_batch
+        self._banned = np.zeros(0, dtype=np.int64) if banned is None else banned
         self._first_tokens = aligner.first_tokens()
         self._both_llamas = isinstance(self.base, Llama) and isinstance(self.reinforced, Llama)
         self._whole_heads: dict[int, Tensor] = {}
@@ -221,7 +237,8 @@ class Labeller:
         translated = [alignment.translated[start:stop] for start, stop in zip(spans, spans[1:])]
         base_rows = (spans - spans[0])[block_of - numbers[0]] + alignment.index_map[positions]
         reinforced_rows = positions - offsets[numbers[0]]
-        row_offsets, tokens = _used_before(alignment, numbers, positions, block_of, self._first_tokens)
+        used = _used_before(alignment, numbers, positions, block_of, self._first_tokens)
+        row_offsets, tokens = with_tokens(*used, self._banned)
         base, base_head = self._rows(self.base, self.as_base, translated, base_rows)
         reinforced, reinforced_head = self._rows(
             self.reinforced, self.as_reinforced, original, reinforced_rows

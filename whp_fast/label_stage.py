@@ -17,6 +17,7 @@ from torch import Tensor
 from whp_fast import adapters, sharding
 from whp_fast.alignment import load_alignment
 from whp_fast.artifacts import NpyWriter, write_json
+from whp_fast.banned_tokens import banned_tokens
 from whp_fast.checkpoint import load_config, load_model, read_tensors
 from whp_fast.compile_blocks import compile_blocks
 from whp_fast.config import JobConfig
@@ -36,6 +37,7 @@ from whp_fast.trainee import load_frozen
 
 TARGETS = "targets"
 RETAIN = "retain"
+BANNED = "banned_tokens.npy"
 ADAPTER = "reinforce"
 
 
@@ -55,7 +57,10 @@ class LabelStage:
             alignment: folder of the align stage.
         """
         settings = self.config.label
-        labeller = self._labeller(reinforced)
+        banned = self._banned(np.load(alignment / "matches.npy"), blocks.tokens)
+        if self.processes.first and settings.ban_share:
+            np.save(folder / BANNED, banned)
+        labeller = self._labeller(reinforced, banned)
         ranges = split_blocks(len(blocks), self.processes.world_size, settings.batch_blocks)
         mine = ranges[self.processes.rank]
         counts = self._write(folder, labeller, load_alignment(alignment), blocks, mine)
@@ -86,9 +91,16 @@ class LabelStage:
             return head, head
         return tuple(_head(folder, dtype, self.device) for folder in (self.inputs.base, reinforced / "model"))
 
-    def _labeller(self, reinforced: Path) -> Labeller:
+    def _banned(self, matches: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        inputs = self.inputs
+        return banned_tokens(
+            inputs.dictionary, inputs.tokenizer, matches, tokens, self.config.label.ban_share
+        )
+
+    def _labeller(self, reinforced: Path, banned: np.ndarray) -> Labeller:
         settings = self.config.label
         how = {"batch_size": settings.batch_blocks, "chunk_mib": settings.chunk_mib, "device": self.device}
+        how["banned"] = banned
         if self.config.memory.lora_rank:
             compute = getattr(torch, self.config.model.compute_dtype)
             model = load_frozen(self.inputs.base, self.config.memory, compute, self.device)

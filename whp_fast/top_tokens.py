@@ -60,13 +60,20 @@ class _Kept:
 
 
 def load_labeller(
-    settings: dict[str, Any], base: Path, reinforced: Path, aligner, alpha: float, device: torch.device
+    settings: dict[str, Any],
+    base: Path,
+    reinforced: Path,
+    aligner,
+    alpha: float,
+    device: torch.device,
+    banned: np.ndarray | None = None,
 ) -> tuple[Labeller, Tensor, Tensor]:
     """The labeller of a run and the heads [V, H] of both its models.
 
     Args:
         settings: those of the run, as ``settings.json`` holds them.
         reinforced: folder of the reinforce stage.
+        banned: tokens that the label stage left out.
 
     Raises:
         UserError: a model folder that is missing or broken.
@@ -84,7 +91,7 @@ def load_labeller(
         dtype = getattr(torch, settings["label"]["dtype"])
         folders = (base, reinforced / "model")
         models = [load_model(f, dtype=dtype, device=device).requires_grad_(False) for f in folders]
-    labeller = Labeller(*models, aligner, [alpha], **how)
+    labeller = Labeller(*models, aligner, [alpha], banned=banned, **how)
     return labeller, *(model.lm_head_weight.detach() for model in models)
 
 

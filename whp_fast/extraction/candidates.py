@@ -60,6 +60,8 @@ class Limits:
         common_count, common_score: for single words without a capital.
         common_ratio: single words without a capital need not come in bursts from this ratio on, if the
             background is large.
+        parts: no phrase that holds a name of its own, but the name: "Baker" for "Baker Street". What follows
+            an inner word of an expression is never trained, so a model goes on saying it.
     """
 
     count: int = 3
@@ -69,6 +71,7 @@ class Limits:
     common_count: int = 5
     common_score: float = 10.83
     common_ratio: float = 30.0
+    parts: bool = False
 
 
 def log_likelihood_ratio(n: int, total: int, n_background: int, total_background: int) -> float:
@@ -207,6 +210,8 @@ class Finder:
         for word, n in self.counts.named.items():
             if len(word) < 2 or not self.is_name(word) or word.lower() in WORLD | TITLES or "'" in word:
                 continue
+            if self.limits.parts and word.lower() in PLACE_NOUNS:
+                continue  # of "Baker Street" the telling part alone
             initials = word.count(".")
             if initials in (1, 2) or (is_shouted(word) and not initials) or word in self.shared_first_names:
                 continue
@@ -264,6 +269,8 @@ class Finder:
         for phrase, candidate in phrases.items():
             parts = phrase.split()
             own = [part for part in parts if part in names]
+            if own and self.limits.parts:
+                continue
             if own and not self._stays_whole(phrase):
                 if len(own) == len(parts):
                     continue

@@ -59,7 +59,7 @@ def _extract(options: argparse.Namespace) -> None:
     proposals = propose(
         corpus,
         background,
-        Limits(count=options.min_count, log_likelihood=options.min_score),
+        Limits(count=options.min_count, log_likelihood=options.min_score, parts=options.parts),
         options.alternatives,
         _measure(options, corpus.documents) if options.base else None,
         replies,
@@ -158,6 +158,11 @@ def _parser() -> argparse.ArgumentParser:
     extract.add_argument("--min-count", type=int, default=Limits.count, help="occurrences (default 3)")
     extract.add_argument(
         "--min-score", type=float, default=Limits.log_likelihood, help="log-likelihood ratio (default 6.63)"
+    )
+    extract.add_argument(
+        "--parts",
+        action="store_true",
+        help='single names in the place of phrases that hold one ("Baker", not "Baker Street")',
     )
     extract.add_argument("--alternatives", type=int, default=3, help="counterparts each (default 3)")
     extract.add_argument("--base", type=Path, help="model folder, with --trained: use what training raised")
