@@ -51,7 +51,8 @@ test-gpu: install
 
 bench-gpu: install
 	$(BIN)/python -m benchmarks.loss --device cuda --json $(RESULTS)/loss_cuda.json --pictures kernels/images
-	$(BIN)/python -m benchmarks.layers --device cuda --json $(RESULTS)/layers_cuda.json --pictures kernels/images
+	$(BIN)/python -m benchmarks.layers --device cuda --json $(RESULTS)/layers_cuda.json --pictures benchmarks/images
+	$(BIN)/python -m benchmarks.fp8 --device cuda --json $(RESULTS)/fp8_cuda.json
 	$(BIN)/python -m benchmarks.seven_b --start-up --json $(RESULTS)/seven_b_cuda.json
 	$(BIN)/python -m benchmarks.results_page --folder $(RESULTS)
 

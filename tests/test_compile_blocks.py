@@ -12,8 +12,8 @@ from whp_fast.generate import greedy
 from whp_fast.processes import Processes
 
 
-def training(compiled):
-    trainee = take(tiny_model(num_hidden_layers=3))
+def training(compiled, layers=3):
+    trainee = take(tiny_model(num_hidden_layers=layers))
     if compiled:
         compile_blocks(trainee.model, backend="aot_eager")
     records = fit(trainee, [label_objective(corpus(8, CONTEXT))])  # blocks of one length: one size of batches
@@ -24,8 +24,8 @@ def training(compiled):
 def fresh():
     """No graph of another test is reused or counted."""
     torch._dynamo.reset()
-    with torch._dynamo.config.patch(automatic_dynamic_shapes=False):  # it remembers shapes across a reset
-        yield torch._dynamo.utils.counters
+    torch._dynamo.utils.counters.clear()
+    yield torch._dynamo.utils.counters
     torch._dynamo.reset()
 
 
@@ -34,12 +34,16 @@ def test_a_training_is_that_of_the_fused_layers(fresh):
     compiled, found, trainee = training(True)
     assert compiled == pytest.approx(fused, rel=1e-5)
     assert all(torch.allclose(found[name], exact[name], rtol=0, atol=1e-4) for name in exact)
-    # before attention, after it, and the rest of a block around it: once for all three blocks
-    assert fresh["stats"]["unique_graphs"] == 4
+    of_three = fresh["stats"]["unique_graphs"]
+    assert of_three >= 3  # before attention, after it, and the rest of a block around it
     assert all("attention" in reason for reason in fresh["graph_break"])  # nothing else stays outside
     greedy(trainee.model, [[1, 2, 3]], max_new_tokens=2)
-    assert fresh["stats"]["unique_graphs"] == 4  # generation compiles nothing
+    assert fresh["stats"]["unique_graphs"] == of_three  # generation compiles nothing
     assert all(block.self_attn.attention is not attention for block in trainee.model.model.layers)
+    torch._dynamo.reset()
+    fresh.clear()
+    training(True, layers=2)
+    assert fresh["stats"]["unique_graphs"] == of_three  # once for all blocks
 
 
 def test_a_training_stage_compiles_when_it_is_asked_to(monkeypatch, tmp_path):

@@ -127,6 +127,7 @@ def test_presets_are_the_published_sizes(name):
         "llama2_7b": 6_738_415_616,
         "llama2_13b": 13_015_864_320,
         "llama3_8b": 8_030_261_248,
+        "llama3_1b": 1_235_814_400,
         "tinyllama": 1_100_048_384,
         "mistral_7b": 7_241_732_096,
         "qwen2_7b": 7_615_616_512,

@@ -44,6 +44,7 @@ PRESETS = {
     "llama2_7b": LlamaConfig(32000, 4096, 11008, 32, 32),
     "llama2_13b": LlamaConfig(32000, 5120, 13824, 40, 40),
     "llama3_8b": LlamaConfig(128256, 4096, 14336, 32, 32, 8, rope_theta=500000.0),
+    "llama3_1b": LlamaConfig(128256, 2048, 8192, 16, 32, 8, rope_theta=500000.0, tie_word_embeddings=True),
     "tinyllama": LlamaConfig(32000, 2048, 5632, 22, 32, 4, max_position_embeddings=2048),
     "mistral_7b": LlamaConfig(32000, 4096, 14336, 32, 32, 8, model_type="mistral", sliding_window=4096),
     "qwen2_7b": LlamaConfig(152064, 3584, 18944, 28, 28, 4, model_type="qwen2"),
