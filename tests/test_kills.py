@@ -1,6 +1,6 @@
 """``kill -9`` at random moments of every stage, signals, damaged snapshots and full disks: the same bits.
 
-Each stage is killed six times, or twenty with WHP_FAST_ALL_KILLS=1.
+Each stage is killed four times, or twenty with WHP_FAST_ALL_KILLS=1.
 """
 
 import errno
@@ -17,7 +17,7 @@ from tiny_world import STAGES, arguments, ask_to_stop, contents, make_world, wit
 
 from whp_fast import snapshots, train
 
-KILLS = 20 if os.environ.get("WHP_FAST_ALL_KILLS") else 6
+KILLS = 20 if os.environ.get("WHP_FAST_ALL_KILLS") else 4
 STEPS = 6
 SAVED_STEPS = dict(reinforce__steps=STEPS, unlearn__steps=STEPS, run__snapshot_steps=1)
 
